@@ -1,0 +1,80 @@
+"""Every error this package raises on purpose: typed, with the offending name and value in the message.
+
+All derive from `ArrowQuantError`. `exit_code` is what the command line returns for that kind of error.
+"""
+
+from __future__ import annotations
+
+
+class ArrowQuantError(Exception):
+    """Base of all errors raised on purpose by arrowquant_gpu."""
+
+    exit_code = 1
+
+
+class SchemeError(ArrowQuantError, ValueError):
+    """A scheme id or combination of scheme options that does not exist."""
+
+    exit_code = 2
+
+
+class InputError(ArrowQuantError, ValueError):
+    """An input array or table that cannot be read as weights: dtype, shape, nulls, layout."""
+
+    exit_code = 3
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity in the weights, or a value that overflows float32."""
+
+    def __init__(self, name: str, n_nan: int, n_inf: int, first: int, shape: tuple[int, ...]):
+        self.name, self.n_nan, self.n_inf, self.first, self.shape = name, n_nan, n_inf, first, shape
+        super().__init__(
+            f"{name}: {n_nan} NaN and {n_inf} infinite values (counted as float32); the first is at flat index "
+            f"{first} of shape {list(shape)}. Repair the weights, or keep this tensor in float."
+        )
+
+
+class ScaleOverflowError(InputError):
+    """A group scale that is too large for the scheme's scale storage type."""
+
+    def __init__(self, name: str, scale_dtype: str, count: int, first: int):
+        self.name, self.scale_dtype, self.count, self.first = name, scale_dtype, count, first
+        super().__init__(
+            f"{name}: {count} scales do not fit {scale_dtype}; the first is scale number {first}. "
+            f"Store the scales as bfloat16 or float32 (scheme suffix _bf16 or none)."
+        )
+
+
+class DeviceError(ArrowQuantError, RuntimeError):
+    """The device asked for is not there or cannot be used, or a kernel could not be compiled or run."""
+
+    exit_code = 4
+
+
+class SourceError(ArrowQuantError, ValueError):
+    """A checkpoint that cannot be read: missing, truncated, malformed, or already quantized."""
+
+    exit_code = 5
+
+
+class HeaderError(SourceError):
+    """A safetensors header that is not valid, or does not match its file."""
+
+
+class TargetError(ArrowQuantError, OSError):
+    """An output that cannot be written: it exists, is the source, is not writable, or the disk is full."""
+
+    exit_code = 6
+
+
+class FormatError(ArrowQuantError, ValueError):
+    """A scheme or tensor that the output format asked for cannot carry."""
+
+    exit_code = 7
+
+
+class VerifyError(ArrowQuantError):
+    """A quantized checkpoint whose error against the original is over the threshold."""
+
+    exit_code = 8

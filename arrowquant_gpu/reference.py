@@ -1,0 +1,163 @@
+"""The specification in plain NumPy. docs/numerics.md says the same in words; every backend equals this bit for bit.
+
+Operation order is part of the definition: each arithmetic line below is one IEEE float32 operation per element,
+rounded to nearest even. Nothing here is fast, and nothing here may be changed for speed.
+
+    >>> import numpy as np
+    >>> from arrowquant_gpu.reference import quantize, dequantize
+    >>> from arrowquant_gpu.schemes import Scheme
+    >>> s = Scheme.parse("int4_g4")
+    >>> packed, scales, zeros, findings = quantize(np.array([[-1.0, 0.0, 0.5, 1.5]], np.float32), s)
+    >>> packed.tolist(), scales.tolist(), zeros
+    ([[131, 250]], [[0.20000000298023224]], None)
+    >>> dequantize(packed, scales, zeros, s, 4).tolist()
+    [[-1.0, 0.0, 0.4000000059604645, 1.399999976158142]]
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import DTYPES
+from .schemes import Scheme
+
+F32 = np.float32
+
+# The value that stands in for the scale of a group of zeros, per storage type: its machine epsilon.
+EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# The value that stands in for a scale that underflows its storage type: the smallest positive one.
+TINY = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
+
+
+class Findings(NamedTuple):
+    """What a pass saw in the weights: counts, and flat indices of the first (-1 where the count is 0).
+
+    `first` counts weights in row-major order; `first_overflow` counts scales in row-major order.
+    """
+
+    n_nan: int = 0
+    n_inf: int = 0
+    first: int = -1
+    n_overflow: int = 0
+    first_overflow: int = -1
+
+
+def to_float32(x: NDArray) -> NDArray[np.float32]:
+    """Convert to float32 with one rounding; values beyond its range become infinite (and are then refused)."""
+    with np.errstate(over="ignore"):
+        return np.asarray(x).astype(F32)
+
+
+def find(x: NDArray[np.float32]) -> Findings:
+    """Count what is not finite in `x`, of any shape."""
+    nan, inf = np.isnan(x).reshape(-1), np.isinf(x).reshape(-1)
+    bad = np.flatnonzero(nan | inf)
+    return Findings(int(nan.sum()), int(inf.sum()), int(bad[0]) if bad.size else -1)
+
+
+def group_range(x: NDArray[np.float32], scheme: Scheme) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lowest and highest value of each group, zero included: two arrays of `scheme.scales_shape(x.shape)`.
+
+    `x` is [rows, length]. Adding +0.0 makes a -0.0 bound +0.0, whatever order a minimum takes its operands in.
+    """
+    if x.size == 0:
+        empty = np.zeros(scheme.scales_shape(x.shape), F32)
+        return empty, empty
+    if scheme.granularity == "tensor":
+        x = x.reshape(1, -1)
+    starts = np.arange(0, x.shape[1], scheme.group_length(x.shape[1]))
+    lo = np.minimum(np.minimum.reduceat(x, starts, axis=1), F32(0)) + F32(0)
+    hi = np.maximum(np.maximum.reduceat(x, starts, axis=1), F32(0)) + F32(0)
+    return lo, hi
+
+
+def scales_and_zeros(
+    lo: NDArray[np.float32], hi: NDArray[np.float32], scheme: Scheme
+) -> tuple[NDArray, NDArray[np.uint8] | None, Findings]:
+    """The `minmax` solver: the scale as stored, the zero point as stored (None if symmetric), and overflows.
+
+    Formulas: compressed-tensors, `calculate_qparams`; docs/numerics.md, sections 4 and 5.
+    """
+    if scheme.symmetric:
+        exact = np.maximum(-lo, hi) / F32(scheme.n_levels / 2)
+    else:
+        with np.errstate(over="ignore"):
+            span = hi - lo
+            halved = (hi * F32(0.5) - lo * F32(0.5)) / F32(scheme.n_levels / 2)
+            exact = np.where(np.isinf(span), halved, span / F32(scheme.n_levels))
+    with np.errstate(over="ignore", under="ignore"):
+        stored = exact.astype(DTYPES[scheme.scale_dtype].numpy)
+    is_zero = (lo == 0) & (hi == 0)
+    stored = np.where(is_zero, F32(EPS[scheme.scale_dtype]), stored.astype(F32))
+    stored = np.where(stored == 0, F32(TINY[scheme.scale_dtype]), stored)
+    overflow = np.flatnonzero(np.isinf(stored))
+    findings = Findings(n_overflow=overflow.size, first_overflow=int(overflow[0]) if overflow.size else -1)
+    if scheme.symmetric:
+        return stored.astype(DTYPES[scheme.scale_dtype].numpy), None, findings
+    signed = np.clip(np.rint(F32(-scheme.offset) - lo / stored), -scheme.offset, scheme.offset - 1)
+    zeros = (signed + scheme.offset).astype(np.uint8)
+    return stored.astype(DTYPES[scheme.scale_dtype].numpy), zeros, findings
+
+
+def spread(per_group: NDArray, shape: tuple[int, int], scheme: Scheme) -> NDArray:
+    """Repeat one value per group to one value per weight of a [rows, length] tensor."""
+    rows, length = shape
+    if per_group.size == 0 or scheme.granularity == "tensor":
+        return np.broadcast_to(per_group.reshape(-1)[:1] if per_group.size else np.zeros(1, per_group.dtype), shape)
+    return np.repeat(per_group, scheme.group_length(length), axis=1)[:, :length]
+
+
+def encode(x: NDArray[np.float32], scales: NDArray, zeros: NDArray | None, scheme: Scheme) -> NDArray[np.uint8]:
+    """Stored codes, one per byte, shape of `x` [rows, length]: clamp(rne(x / scale + zero)) in signed codes."""
+    with np.errstate(all="ignore"):
+        q = x / spread(scales.astype(F32), x.shape, scheme)
+        if zeros is not None:
+            q = q + (spread(zeros, x.shape, scheme).astype(F32) - F32(scheme.offset))
+        q = np.clip(np.rint(q), -scheme.offset, scheme.offset - 1)
+    return (q + scheme.offset).astype(np.uint8)
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[rows, length] codes to [rows, ceil(length * bits / 8)] bytes, as drawn in schemes.py."""
+    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(stream.reshape(codes.shape[0], codes.shape[1] * bits), axis=-1, bitorder="little")
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, length: int) -> NDArray[np.uint8]:
+    """The inverse of `pack` for rows of `length` codes."""
+    stream = np.unpackbits(packed, axis=-1, count=length * bits, bitorder="little")
+    return np.packbits(stream.reshape(packed.shape[0], length, bits), axis=-1, bitorder="little")[..., 0]
+
+
+def quantize(x: NDArray, scheme: Scheme) -> tuple[NDArray[np.uint8], NDArray, NDArray[np.uint8] | None, Findings]:
+    """Quantize a [rows, length] tensor of any numeric type: packed codes, scales, zero points, findings.
+
+    Where the findings count anything, the other three are not defined.
+    """
+    x = to_float32(x)
+    findings = find(x)
+    if findings.n_nan or findings.n_inf:
+        x = np.zeros_like(x)
+    lo, hi = group_range(x, scheme)
+    scales, zeros, overflow = scales_and_zeros(lo, hi, scheme)
+    findings = findings._replace(n_overflow=overflow.n_overflow, first_overflow=overflow.first_overflow)
+    return pack(encode(x, scales, zeros, scheme), scheme.bits), scales, zeros, findings
+
+
+def dequantize(
+    packed: NDArray[np.uint8],
+    scales: NDArray,
+    zeros: NDArray[np.uint8] | None,
+    scheme: Scheme,
+    length: int,
+    dtype: str = "float32",
+) -> NDArray:
+    """(code - zero) * scale in float32, then one rounding to `dtype`: an array [rows, length]."""
+    codes = unpack(packed, scheme.bits, length).astype(F32)
+    shape = codes.shape
+    zero = F32(scheme.offset) if zeros is None else spread(zeros, shape, scheme).astype(F32)
+    with np.errstate(over="ignore", under="ignore"):
+        return ((codes - zero) * spread(scales.astype(F32), shape, scheme)).astype(DTYPES[dtype].numpy)
