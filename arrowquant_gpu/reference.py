@@ -104,7 +104,7 @@ def scales_and_zeros(
 
 def spread(per_group: NDArray, shape: tuple[int, int], scheme: Scheme) -> NDArray:
     """Repeat one value per group to one value per weight of a [rows, length] tensor."""
-    rows, length = shape
+    length = shape[1]
     if per_group.size == 0 or scheme.granularity == "tensor":
         return np.broadcast_to(per_group.reshape(-1)[:1] if per_group.size else np.zeros(1, per_group.dtype), shape)
     return np.repeat(per_group, scheme.group_length(length), axis=1)[:, :length]

@@ -6,14 +6,15 @@ A sink takes planned tensors in order, row block by row block, and leaves nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from ..schemes import Scheme
+from ..tensor import QuantizedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,18 @@ class Sink(Protocol):
         ...
 
 
-@dataclass
-class Stored:
-    """One tensor of a quantized checkpoint, as its reader gives it: either codes or plain bytes, never both."""
+class QuantizedCheckpoint(Protocol):
+    """A readable quantized checkpoint: what `dequantize` and `verify` read, whatever format it was written in.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    scheme: Scheme | None
-    parts: dict[str, Any] = field(default_factory=dict)
+    `entries` holds every tensor of the original model under its original name, shape and dtype.
+    """
+
+    path: Path
+    format: str
+    entries: dict[str, Entry]
+    config: dict[str, Any] | None
+    side_files: tuple[Path, ...]
+
+    def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
+        """The tensor in row blocks: (first row, rows as QuantizedTensor, or as an array [rows, length] if copied)."""
+        ...
