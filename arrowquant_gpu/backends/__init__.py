@@ -6,10 +6,17 @@ first asked for, so that importing the package neither needs a GPU library nor s
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+import importlib.util
+import logging
+import re
+from typing import Any, NamedTuple, Protocol
 
+from ..errors import DeviceError
 from ..reference import Findings
 from ..schemes import Scheme
+
+log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -49,3 +56,66 @@ class Backend(Protocol):
     def dequantize(self, packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any) -> None:
         """Decode into `out` [rows, length] of a dtype in KERNEL_DTYPES."""
         ...
+
+
+class Device(NamedTuple):
+    """A device that was picked, and why: `name` is "cpu", "cuda:N" or "reference"."""
+
+    name: str
+    reason: str
+
+
+def pick_device(device: str = "auto") -> Device:
+    """Resolve a device name. "auto" takes the first usable GPU, else the CPU; what was asked for is never replaced.
+
+    >>> pick_device("cpu")
+    Device(name='cpu', reason='asked for')
+
+    Raises DeviceError for an unknown name, and where cuda is asked for and cannot be used, saying why.
+    """
+    if device in ("cpu", "reference"):
+        return Device(device, "asked for")
+    if device == "auto":
+        usable, reason = _cuda_usable()
+        return Device("cuda:0" if usable else "cpu", reason if usable else f"no usable GPU: {reason}")
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", device)
+    if match is None:
+        raise DeviceError(f"device {device!r}: choose auto, cpu, cuda, cuda:N or reference")
+    usable, reason = _cuda_usable()
+    if not usable:
+        raise DeviceError(f"device {device!r} was asked for and cannot be used: {reason}")
+    return Device(f"cuda:{match[1] or 0}", "asked for")
+
+
+def get_backend(device: str = "auto", threads: int | None = None) -> Backend:
+    """The backend for a device name (see `pick_device`), made once per device and thread count.
+
+    `threads` bounds the CPU backend; by default it is ARROWQUANT_NUM_THREADS, else every core this process may use.
+    """
+    picked = pick_device(device)
+    log.debug("device %s: using %s (%s)", device, picked.name, picked.reason)
+    return _make(picked.name, threads)
+
+
+@functools.cache
+def _make(name: str, threads: int | None) -> Backend:
+    if name == "reference":
+        from .numpy_reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if name == "cpu":
+        from .cpu import CpuBackend
+
+        return CpuBackend(threads)
+    from .cuda import CudaBackend
+
+    return CudaBackend(int(name.partition(":")[2]))
+
+
+def _cuda_usable() -> tuple[bool, str]:
+    """Whether CUDA can be used, and the device's name or the reason why not. Imports CuPy only where it is there."""
+    if importlib.util.find_spec("cupy") is None:
+        return False, "CuPy is not installed (pip install 'arrowquant_gpu[cuda13]' or [cuda12])"
+    from .cuda import usable
+
+    return usable()

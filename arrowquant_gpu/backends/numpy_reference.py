@@ -1,0 +1,69 @@
+"""`ReferenceBackend`: the specification (reference.py) behind the Backend protocol. Slow, and right by definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import reference
+from ..dtypes import from_numpy
+from ..reference import Findings
+from ..schemes import Scheme
+
+
+class ReferenceBackend:
+    """Plain NumPy on the host; see Backend for the contract of each method."""
+
+    name = "reference"
+
+    def put(self, x: NDArray[Any]) -> NDArray[Any]:
+        return x
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        return np.empty(shape, dtype)
+
+    def get(self, a: NDArray[Any], out: NDArray[Any]) -> None:
+        out[...] = a
+
+    def quantize(
+        self,
+        x: NDArray[Any],
+        scheme: Scheme,
+        packed: NDArray[np.uint8],
+        scales: NDArray[Any],
+        zeros: NDArray[np.uint8] | None,
+    ) -> Findings:
+        packed[...], scales[...], zero_points, findings = reference.quantize(x, scheme)
+        if zeros is not None:
+            zeros[...] = zero_points
+        return findings
+
+    def value_range(self, x: NDArray[Any]) -> tuple[float, float, Findings]:
+        values = reference.to_float32(x)
+        findings = reference.find(values)
+        if findings.first >= 0 or values.size == 0:
+            return 0.0, 0.0, findings
+        lo, hi = reference.group_range(values, Scheme(granularity="tensor"))
+        return float(lo[0, 0]), float(hi[0, 0]), findings
+
+    def encode(
+        self,
+        x: NDArray[Any],
+        scheme: Scheme,
+        scales: NDArray[Any],
+        zeros: NDArray[np.uint8] | None,
+        packed: NDArray[np.uint8],
+    ) -> None:
+        packed[...] = reference.pack(reference.encode(reference.to_float32(x), scales, zeros, scheme), scheme.bits)
+
+    def dequantize(
+        self,
+        packed: NDArray[np.uint8],
+        scales: NDArray[Any],
+        zeros: NDArray[np.uint8] | None,
+        scheme: Scheme,
+        out: NDArray[Any],
+    ) -> None:
+        out[...] = reference.dequantize(packed, scales, zeros, scheme, out.shape[1], from_numpy(out.dtype).name)

@@ -1,0 +1,266 @@
+"""`quantize` and `dequantize`: check once, allocate once, dispatch to a backend.
+
+The two functions a caller needs are `quantize` and `dequantize`. The `*_rows` functions are the same work on row
+blocks of a tensor that is never whole in memory; the checkpoint pipeline is built on them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import nvtx
+from numpy.typing import NDArray
+
+from . import reference
+from .backends import Backend, get_backend
+from .dtypes import DTYPES, KERNEL_DTYPES, from_numpy
+from .errors import InputError, NonFiniteError, ScaleOverflowError
+from .interchange import as_weights
+from .reference import Findings
+from .schemes import Scheme, rows_and_length
+from .tensor import QuantizedTensor
+
+# Rows are converted or gathered in blocks of about this many bytes where a backend cannot read them in place.
+BLOCK_BYTES = 16 << 20
+
+_annotate = functools.partial(nvtx.annotate, domain="arrowquant", category="kernel")
+
+
+def quantize(
+    x: object,
+    scheme: str | Scheme = "int4_g128",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    name: str = "weights",
+) -> QuantizedTensor:
+    """Quantize one tensor along its last axis.
+
+    `x` is anything that `interchange.as_weights` takes: NumPy, Arrow, DLPack (torch, CuPy, JAX), buffers; of any
+    numeric dtype and shape. It is read in place where its rows are contiguous float32, float16 or bfloat16, and block
+    by block otherwise; it is never modified, and the result does not refer to it. The result lives where the weights
+    are: host arrays for host input (also when `device` is a GPU), GPU arrays for input on a GPU. `device` is "auto"
+    (the GPU the weights are on, else a usable GPU, else the CPU), "cpu", "cuda", "cuda:N" or "reference"; every one of
+    them gives the same bytes. `name` is what errors call the tensor.
+
+        >>> import numpy as np
+        >>> w = np.arange(-128, 128, dtype=np.float32).reshape(2, 128)
+        >>> q = quantize(w, "int8_g64", device="cpu")
+        >>> q.scheme.id, q.packed.shape, q.scales.shape
+        ('int8_g64', (2, 128), (2, 2))
+        >>> float(np.abs(dequantize(q, device="cpu") - w).max()) <= float(q.scales.max()) / 2
+        True
+
+    Raises SchemeError, InputError, NonFiniteError, ScaleOverflowError, DeviceError.
+    """
+    scheme = Scheme.parse(scheme)
+    weights = as_weights(x, name=name)
+    on_device = weights.device != "cpu"
+    backend = get_backend(weights.device if on_device and device == "auto" else device, threads)
+    allocate = backend.empty if on_device else np.empty
+    packed = allocate(scheme.packed_shape(weights.shape), np.uint8)
+    scales = allocate(scheme.scales_shape(weights.shape), DTYPES[scheme.scale_dtype].numpy)
+    zeros = None if scheme.symmetric else allocate(scales.shape, np.uint8)
+    with _annotate(name, payload=packed.nbytes):
+        if scheme.granularity == "tensor":
+            solved = tensor_scale(weights.blocks, scheme, backend=backend, name=name, shape=weights.shape)
+            _store(solved, scales, zeros, backend)
+        findings, row = Findings(), 0
+        for block in weights.blocks:
+            rows = slice(row, row + block.shape[0])
+            if scheme.granularity == "tensor":
+                encode_rows(block, scheme, scales, zeros, packed[rows], backend=backend)
+            else:
+                zero_rows = None if zeros is None else zeros[rows]
+                found = quantize_rows(block, scheme, packed[rows], scales[rows], zero_rows, backend=backend)
+                findings = merge(findings, found, row * block.shape[1], row * scales.shape[1])
+            row += block.shape[0]
+    check(findings, scheme, name=name, shape=weights.shape)
+    return QuantizedTensor(packed, scales, zeros, weights.shape, scheme, weights.dtype)
+
+
+def dequantize(
+    q: QuantizedTensor, dtype: str | None = None, *, device: str = "auto", threads: int | None = None
+) -> Any:
+    """Decode to an array of the tensor's shape: (code - zero) * scale in float32, rounded once to `dtype`.
+
+    `dtype` is "float32", "float16" or "bfloat16"; by default the tensor's original dtype where it is one of these, else
+    float32. The result is new memory, on the GPU where `q` is on one, else on the host.
+
+        >>> import numpy as np
+        >>> q = quantize(np.linspace(-1, 1, 8, dtype=np.float16), "int4_g8", device="cpu")
+        >>> dequantize(q, device="cpu").dtype
+        dtype('float16')
+
+    Raises InputError where the arrays of `q` do not fit its shape and scheme, and DeviceError.
+    """
+    dtype = dtype or (q.dtype if q.dtype in KERNEL_DTYPES else "float32")
+    if dtype not in KERNEL_DTYPES:
+        raise InputError(f"dtype {dtype!r}: dequantize gives {', '.join(KERNEL_DTYPES)}")
+    check_tensor(q)
+    on_device = not isinstance(q.packed, np.ndarray)
+    backend = get_backend(f"cuda:{q.packed.device.id}" if on_device and device == "auto" else device, threads)
+    out = (backend.empty if on_device else np.empty)(rows_and_length(q.shape), DTYPES[dtype].numpy)
+    with _annotate("dequantize", payload=out.nbytes):
+        dequantize_rows(q.packed, q.scales, q.zeros, q.scheme, out, backend=backend)
+    return out.reshape(q.shape)
+
+
+def quantize_rows(x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None, *, backend: Backend) -> Findings:
+    """Quantize a block of rows [rows, length] into the given arrays, for granularity group or channel.
+
+    `x` has any weight dtype and any strides. All arrays are on the host, or all on the backend's device. What is not
+    finite is counted, not raised: `merge` the findings of a tensor's blocks and `check` them at its end.
+    """
+    findings = Findings()
+    for start, part in _readable(x, backend):
+        rows = slice(start, start + part.shape[0])
+        outs = [packed[rows], scales[rows], None if zeros is None else zeros[rows]]
+        if _is_host(packed) and not _computes_on_host(backend):
+            staged = [None if out is None else backend.empty(out.shape, out.dtype) for out in outs]
+            found = backend.quantize(part, scheme, *staged)
+            for device_array, out in zip(staged, outs, strict=True):
+                if out is not None:
+                    backend.get(device_array, out)
+        else:
+            found = backend.quantize(part, scheme, *outs)
+        findings = merge(findings, found, start * x.shape[1], start * scales.shape[1])
+    return findings
+
+
+def tensor_scale(
+    blocks: Iterable[Any], scheme: Scheme, *, backend: Backend, name: str, shape: tuple[int, ...]
+) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    """The first pass of granularity tensor: one scale and zero point, host arrays of shape (1, 1), from row blocks.
+
+    Raises NonFiniteError and ScaleOverflowError for the whole tensor. An empty tensor has arrays of shape (0, 0).
+    """
+    lo, hi, findings, seen = np.float32(0), np.float32(0), Findings(), 0
+    for block in blocks:
+        for start, part in _readable(block, backend):
+            block_lo, block_hi, found = backend.value_range(part)
+            lo, hi = min(lo, np.float32(block_lo)), max(hi, np.float32(block_hi))
+            findings = merge(findings, found, seen + start * block.shape[1], 0)
+        seen += block.shape[0] * block.shape[1]
+    check(findings, scheme, name=name, shape=shape)
+    size = scheme.scales_shape(shape)
+    scales, zeros, overflow = reference.scales_and_zeros(np.full(size, lo), np.full(size, hi), scheme)
+    check(overflow, scheme, name=name, shape=shape)
+    return scales, zeros
+
+
+def encode_rows(x: Any, scheme: Scheme, scales: Any, zeros: Any | None, packed: Any, *, backend: Backend) -> None:
+    """Write the codes of a block of rows with scales that are known: the second pass of granularity tensor."""
+    scales, zeros = _resident(scales, backend), None if zeros is None else _resident(zeros, backend)
+    for start, part in _readable(x, backend):
+        out = packed[start : start + part.shape[0]]
+        if _is_host(out) and not _computes_on_host(backend):
+            staged = backend.empty(out.shape, out.dtype)
+            backend.encode(part, scheme, scales, zeros, staged)
+            backend.get(staged, out)
+        else:
+            backend.encode(part, scheme, scales, zeros, out)
+
+
+def dequantize_rows(packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any, *, backend: Backend) -> None:
+    """Decode a block of rows into `out` [rows, length], one of KERNEL_DTYPES, row-major."""
+    packed, scales = _resident(packed, backend), _resident(scales, backend)
+    zeros = None if zeros is None else _resident(zeros, backend)
+    if _is_host(out) and not _computes_on_host(backend):
+        staged = backend.empty(out.shape, out.dtype)
+        backend.dequantize(packed, scales, zeros, scheme, staged)
+        backend.get(staged, out)
+    else:
+        backend.dequantize(packed, scales, zeros, scheme, out)
+
+
+def merge(a: Findings, b: Findings, weights_before: int, scales_before: int) -> Findings:
+    """Findings of a tensor so far, and of its next block that starts after so many weights and scales."""
+    return Findings(
+        a.n_nan + b.n_nan,
+        a.n_inf + b.n_inf,
+        a.first if a.first >= 0 or b.first < 0 else b.first + weights_before,
+        a.n_overflow + b.n_overflow,
+        a.first_overflow if a.first_overflow >= 0 or b.first_overflow < 0 else b.first_overflow + scales_before,
+    )
+
+
+def check(findings: Findings, scheme: Scheme, *, name: str, shape: tuple[int, ...]) -> None:
+    """Raise NonFiniteError or ScaleOverflowError for what a whole tensor's findings count."""
+    if findings.n_nan or findings.n_inf:
+        raise NonFiniteError(name, findings.n_nan, findings.n_inf, findings.first, shape)
+    if findings.n_overflow:
+        raise ScaleOverflowError(name, scheme.scale_dtype, findings.n_overflow, findings.first_overflow)
+
+
+def check_tensor(q: QuantizedTensor) -> None:
+    """Raise InputError unless the arrays of `q` have the shapes and dtypes that its shape and scheme call for."""
+    scale_dtype = DTYPES[q.scheme.scale_dtype].numpy
+    expected: list[tuple[str, Any, tuple[int, int], Any]] = [
+        ("packed", q.packed, q.scheme.packed_shape(q.shape), np.dtype(np.uint8)),
+        ("scales", q.scales, q.scheme.scales_shape(q.shape), scale_dtype),
+    ]
+    if q.scheme.symmetric != (q.zeros is None):
+        raise InputError(f"zeros: {q.scheme.id} has {'no' if q.scheme.symmetric else 'a'} zero point per group")
+    if q.zeros is not None:
+        expected.append(("zeros", q.zeros, q.scheme.scales_shape(q.shape), np.dtype(np.uint8)))
+    for what, array, shape, dtype in expected:
+        if tuple(array.shape) != shape or array.dtype != dtype:
+            raise InputError(
+                f"{what}: {array.dtype} {tuple(array.shape)} does not fit {q.scheme.id} of shape {list(q.shape)}, "
+                f"which has {dtype} {shape}"
+            )
+
+
+def _is_host(a: Any) -> bool:
+    return isinstance(a, np.ndarray)
+
+
+def _computes_on_host(backend: Backend) -> bool:
+    return backend.name != "cuda"
+
+
+def _resident(a: Any, backend: Backend) -> Any:
+    """`a`, row-major, where the backend computes."""
+    if not _is_host(a):
+        return a
+    return backend.put(np.require(a, requirements=["C", "A"]))
+
+
+def _readable(x: Any, backend: Backend) -> Iterator[tuple[int, Any]]:
+    """(first row, rows) of `x` as the backend can read them: `x` itself where it can be read in place."""
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        return
+    direct = from_numpy(x.dtype).name in KERNEL_DTYPES and x.flags.c_contiguous
+    if not _is_host(x):
+        yield 0, x if direct else _device_float(x)
+        return
+    if direct and x.flags.aligned and _computes_on_host(backend):
+        yield 0, x
+        return
+    dtype = x.dtype if from_numpy(x.dtype).name in KERNEL_DTYPES else np.dtype(np.float32)
+    step = max(1, BLOCK_BYTES // (x.shape[1] * dtype.itemsize))
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step]
+        if part.dtype != dtype:
+            part = reference.to_float32(part)
+        yield start, backend.put(np.require(part, dtype, ["C", "A"]))
+
+
+def _device_float(x: Any) -> Any:
+    """Device rows as the kernels read them: row-major, float32 where the kernels do not know the dtype."""
+    if from_numpy(x.dtype).name not in KERNEL_DTYPES:
+        x = x.astype(np.float32)
+    return x.copy() if not x.flags.c_contiguous else x
+
+
+def _store(
+    solved: tuple[NDArray[Any], NDArray[np.uint8] | None], scales: Any, zeros: Any | None, backend: Backend
+) -> None:
+    """Put a tensor's scale and zero point where its codes will be."""
+    scales[...] = solved[0] if _is_host(scales) else backend.put(solved[0])
+    if zeros is not None:
+        zeros[...] = solved[1] if _is_host(zeros) else backend.put(solved[1])
