@@ -59,7 +59,11 @@ class SourceError(ArrowQuantError, ValueError):
 
 
 class HeaderError(SourceError):
-    """A safetensors header that is not valid, or does not match its file."""
+    """A safetensors header that is not valid, or does not match its file; `code` is a HeaderCode and stays the same."""
+
+    def __init__(self, message: str, code: str = ""):
+        self.code = code
+        super().__init__(message)
 
 
 class TargetError(ArrowQuantError, OSError):
@@ -78,3 +82,9 @@ class VerifyError(ArrowQuantError):
     """A quantized checkpoint whose error against the original is over the threshold."""
 
     exit_code = 8
+
+
+class PolicyError(ArrowQuantError, ValueError):
+    """A choice of tensors that selects nothing: a pattern that matches no name, or a plan with nothing to quantize."""
+
+    exit_code = 9
