@@ -1,0 +1,167 @@
+"""`make_plan`: what will happen to every tensor, from headers alone. Nothing is read or written.
+
+The policy says what should be quantized, the sink what its format can carry; the plan records both, with sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ..errors import FormatError, PolicyError
+from ..formats import Checkpoint, Entry, Sink, TensorInfo
+from ..schemes import Scheme
+from .policy import Policy
+
+COLUMNS = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("action", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("scheme", pa.string()),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("shape", pa.list_(pa.int64()), nullable=False),
+        pa.field("bytes_before", pa.int64(), nullable=False),
+        pa.field("bytes_after", pa.int64(), nullable=False),
+        pa.field("bits_per_weight", pa.float64()),
+    ]
+)
+
+# Serving engines fuse these into one matrix: all of them must have one scheme.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every tensor of a checkpoint in file order, what happens to it, and the bytes it will take.
+
+    `scheme` is the one asked for; `entries` hold it as the format stores it. `warnings` are sentences.
+    """
+
+    format: str
+    scheme: Scheme
+    entries: tuple[Entry, ...]
+    bytes_after: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def table(self) -> pa.Table:
+        """One row per tensor: name, action (quantized, kept), reason, scheme, dtype, shape, bytes, bits per weight."""
+        rows = [
+            {
+                "name": e.info.name,
+                "action": "kept" if e.scheme is None else "quantized",
+                "reason": e.reason,
+                "scheme": None if e.scheme is None else e.scheme.id,
+                "dtype": e.info.dtype,
+                "shape": list(e.info.shape),
+                "bytes_before": e.info.n_bytes,
+                "bytes_after": n_bytes,
+                "bits_per_weight": _bits(n_bytes, math.prod(e.info.shape)),
+            }
+            for e, n_bytes in zip(self.entries, self.bytes_after, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, COLUMNS)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Totals: tensors, bytes, and effective bits per weight, of the quantized tensors and of the whole model."""
+        quantized = [
+            (math.prod(e.info.shape), n) for e, n in zip(self.entries, self.bytes_after, strict=True) if e.scheme
+        ]
+        return {
+            "format": self.format,
+            "scheme": self.scheme.id,
+            "stored_schemes": sorted({e.scheme.id for e in self.entries if e.scheme}),
+            "n_tensors": len(self.entries),
+            "n_quantized": len(quantized),
+            "bytes_before": sum(e.info.n_bytes for e in self.entries),
+            "bytes_after": sum(self.bytes_after),
+            "bits_per_weight": _bits(sum(n for _, n in quantized), sum(w for w, _ in quantized)),
+            "bits_per_weight_model": _bits(sum(self.bytes_after), sum(math.prod(e.info.shape) for e in self.entries)),
+            "warnings": list(self.warnings),
+        }
+
+
+def make_plan(
+    source: Checkpoint, sink: Sink, scheme: str | Scheme, include: Sequence[str] = (), ignore: Sequence[str] = ()
+) -> Plan:
+    """Plan the quantization of a checkpoint; `include` and `ignore` as in `policy.Policy`.
+
+    A tensor that the policy wants quantized and the format cannot carry is kept, with the format's reason.
+
+    Raises SchemeError, PolicyError (a pattern that matches nothing; nothing to quantize) and FormatError (the format
+    carries this scheme for none of the tensors).
+    """
+    scheme = Scheme.parse(scheme)
+    policy = Policy(source.tensors, source.config, include, ignore)
+    entries, refused = [], Counter[str]()
+    for info in in_file_order(source):
+        wanted, reason = policy.decide(info)
+        stored = None
+        if wanted:
+            try:
+                stored = sink.scheme_for(info, scheme)
+            except FormatError as e:
+                reason = str(e)
+                refused[reason] += 1
+        entries.append(Entry(info, stored, reason))
+    if not any(e.scheme for e in entries):
+        if refused:
+            raise FormatError(_none_carried(sink.format, scheme, refused))
+        raise PolicyError(_none_wanted(entries))
+    sizes = tuple(sink.n_bytes(e) for e in entries)
+    return Plan(sink.format, scheme, tuple(entries), sizes, tuple(_unequal_fused(entries)))
+
+
+def in_file_order(source: Checkpoint) -> list[TensorInfo]:
+    """The tensors as their bytes lie: by file name, then by offset."""
+    return sorted(source.tensors.values(), key=lambda info: (info.file.name, str(info.file), info.offset, info.name))
+
+
+def _bits(n_bytes: int, n_weights: int) -> float | None:
+    return 8 * n_bytes / n_weights if n_weights else None
+
+
+def _none_carried(format_name: str, scheme: Scheme, refused: Counter[str]) -> str:
+    reasons = "; ".join(f"{reason} ({n} tensors)" for reason, n in refused.most_common(3))
+    return f"{format_name} can carry {scheme.id} for none of the {refused.total()} tensors to quantize: {reasons}"
+
+
+def _none_wanted(entries: list[Entry]) -> str:
+    reasons = Counter(e.reason for e in entries)
+    listed = "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common(5))
+    return (
+        f"nothing to quantize: all {len(entries)} tensors are kept. Reasons: {listed}. "
+        f"Choose tensors by name with include (--include REGEX)."
+    )
+
+
+def _unequal_fused(entries: list[Entry]) -> list[str]:
+    """A warning for each kind of fused matrices whose parts would not have one scheme."""
+    schemes = {e.info.name: e.scheme for e in entries}
+    warnings = []
+    for parts in FUSED:
+        marker = f".{parts[0]}.weight"
+        unequal = [
+            name
+            for name in schemes
+            if name.endswith(marker)
+            and len({schemes[n] for p in parts if (n := name.removesuffix(marker) + f".{p}.weight") in schemes}) > 1
+        ]
+        if unequal:
+            warnings.append(
+                f"{', '.join(parts)} have different schemes in {len(unequal)} layers (first: {unequal[0]}); vLLM and "
+                f"SGLang fuse them and refuse that. Quantize or ignore all of them alike."
+            )
+    return warnings
