@@ -2,7 +2,8 @@
 
 Markers name what a test needs (tests/needs.py). What is missing is a skip with its reason, or a failure where
 `ARROWQUANT_REQUIRE` (a comma list of markers) says that it must be there: continuous integration sets it, so that
-nothing vanishes in silence. Tests marked soak are deselected unless `-m` asks for them.
+nothing vanishes in silence. Tests marked soak are deselected unless `-m` asks for them. `--record FILE` writes what
+ran, for how long, and the counts that tests report through `record_property`, as JSON.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from . import record
 from .needs import NEEDS
 
 _N_SOAK = pytest.StashKey[int]()
@@ -32,6 +35,10 @@ def _missing(marker: str) -> str | None:
 
 def _asks_for_soak(config: pytest.Config) -> bool:
     return "soak" in config.getoption("markexpr")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, metavar="FILE", help="write outcomes and reported counts as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,6 +70,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if path := config.getoption("record"):
+        _write_record(path, terminalreporter.stats)
     reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -74,3 +83,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("not run here")
     for reason, count in sorted(reasons.items()):
         terminalreporter.write_line(f"{count:6d}  {reason}")
+
+
+def _write_record(path: Path, stats: dict[str, list[pytest.TestReport]]) -> None:
+    """One entry per test that ran: outcome, seconds, and its reported counts. Skipped ones as a number."""
+    tests = {
+        report.nodeid: {"outcome": outcome, "seconds": round(report.duration, 1), **dict(report.user_properties)}
+        for outcome in ("passed", "failed", "error")
+        for report in stats.get(outcome, [])
+    }
+    totals = {outcome: len(stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
+    record.write(path, {"totals": totals, "tests": dict(sorted(tests.items()))})
