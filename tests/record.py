@@ -1,4 +1,4 @@
-"""What a results file says about where it comes from: commit, processor, GPU, versions, date. No host names or paths."""
+"""What a results file says about its origin: commit, processor, GPU, versions, date. No host names, no paths."""
 
 from __future__ import annotations
 
