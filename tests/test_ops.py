@@ -1,0 +1,158 @@
+"""quantize and dequantize as a caller sees them: what goes in, what comes out, what is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import arrowquant_gpu.ops as ops
+from arrowquant_gpu import reference
+from arrowquant_gpu.backends import get_backend, pick_device
+from arrowquant_gpu.dtypes import DTYPES, WEIGHT_DTYPES
+from arrowquant_gpu.errors import DeviceError, InputError, NonFiniteError, ScaleOverflowError, SchemeError
+from arrowquant_gpu.reference import Findings
+from arrowquant_gpu.schemes import Scheme, rows_and_length
+from arrowquant_gpu.tensor import QuantizedTensor
+
+from .bitwise import assert_bitwise_equal
+
+DEVICES = ["reference", "cpu"]
+SHAPES = [(), (0,), (5, 0), (7,), (3, 130), (2, 3, 40), (2, 1, 2, 16)]
+
+
+def _data(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    x = np.random.default_rng(len(shape)).standard_normal(shape, dtype=np.float32) * np.float32(20)
+    return np.asarray(np.abs(x) if dtype.startswith("uint") else x).astype(DTYPES[dtype].numpy)
+
+
+def check_against_reference(q: QuantizedTensor, x: np.ndarray) -> None:
+    packed, scales, zeros, findings = reference.quantize(x.reshape(rows_and_length(x.shape)), q.scheme)
+    assert findings == Findings()
+    assert (q.shape, q.dtype) == (x.shape, x.dtype.name)
+    assert_bitwise_equal(q.packed, packed, "packed")
+    assert_bitwise_equal(q.scales, scales, "scales")
+    assert (q.zeros is None) == (zeros is None)
+    if zeros is not None:
+        assert_bitwise_equal(q.zeros, zeros, "zeros")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_every_weight_dtype(device: str, dtype: str) -> None:
+    for shape in SHAPES:
+        x = _data(shape, dtype)
+        check_against_reference(ops.quantize(x, "int4_g32_asym", device=device), x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", ["int4_g16", "int3_channel_asym_bf16", "int8_tensor", "int5_tensor_asym_f16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_and_back(device: str, scheme: str, shape: tuple[int, ...]) -> None:
+    x = _data(shape, "bfloat16")
+    q = ops.quantize(x, scheme, device=device)
+    check_against_reference(q, x)
+    for dtype in ("float32", "float16", "bfloat16"):
+        out = ops.dequantize(q, dtype, device=device)
+        want = reference.dequantize(q.packed, q.scales, q.zeros, q.scheme, rows_and_length(shape)[1], dtype)
+        assert_bitwise_equal(out, want.reshape(shape), dtype)
+    assert ops.dequantize(q, device=device).dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_unaligned_and_readonly_inputs(device: str) -> None:
+    x = _data((64, 96), "float32")
+    raw = np.zeros(x.nbytes + 1, np.uint8)
+    unaligned = raw[1:].view(np.float32).reshape(x.shape)
+    unaligned[...] = x
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    for view in (x.T, x[::2], x[:, ::3], x[::-1], np.asfortranarray(x), unaligned, frozen, x[:, 5:77]):
+        check_against_reference(ops.quantize(view, "int4_g32", device=device), view)
+
+
+def test_blocks_of_rows_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _data((33, 100), "float64")
+    for block_bytes in (1, 1000, 1 << 20):
+        monkeypatch.setattr(ops, "BLOCK_BYTES", block_bytes)
+        for scheme in ("int4_g32_asym", "int6_tensor_asym"):
+            check_against_reference(ops.quantize(x, scheme, device="cpu"), x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", ["int4_g16", "int4_tensor"])
+def test_non_finite_weights_name_tensor_count_and_first_position(
+    device: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 400)
+    x = _data((50, 20), "float64")
+    x[30, 7], x[31, 0], x[49, 19] = np.nan, 1e39, -np.inf
+    with pytest.raises(NonFiniteError, match=r"layer\.7: 1 NaN and 2 infinite .* flat index 607 of shape \[50, 20\]"):
+        ops.quantize(x, scheme, device=device, name="layer.7")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", ["int4_g16_f16", "int4_tensor_f16"])
+def test_scale_overflow_names_the_remedy(device: str, scheme: str) -> None:
+    x = np.full((4, 32), 1e9, np.float32)
+    with pytest.raises(ScaleOverflowError, match=r"w: .* scales do not fit float16.*_bf16"):
+        ops.quantize(x, scheme, device=device, name="w")
+
+
+def test_the_source_is_neither_changed_nor_kept() -> None:
+    x = _data((8, 64), "float32")
+    before = x.copy()
+    q = ops.quantize(x, "int8_g32", device="cpu")
+    assert_bitwise_equal(x, before)
+    packed = q.packed.copy()
+    x[...] = 0
+    assert_bitwise_equal(q.packed, packed)
+    assert not np.shares_memory(x, q.packed)
+
+
+def test_bad_schemes_and_devices_are_refused() -> None:
+    x = np.zeros((2, 8), np.float32)
+    with pytest.raises(SchemeError, match="int7_g32"):
+        ops.quantize(x, "int7_g32")
+    with pytest.raises(DeviceError, match="gpu"):
+        ops.quantize(x, device="gpu")
+    with pytest.raises(SchemeError, match="did you mean 'int4_g128'"):
+        Scheme.parse("int04_g0128")
+
+
+def test_dequantize_refuses_arrays_that_do_not_fit() -> None:
+    q = ops.quantize(np.ones((4, 32), np.float32), "int4_g16_asym", device="cpu")
+    fields = {"packed": q.packed, "scales": q.scales, "zeros": q.zeros, "shape": q.shape, "scheme": q.scheme}
+    for change in (
+        {"packed": q.packed[:, :-1]},
+        {"scales": q.scales.astype(np.float64)},
+        {"zeros": None},
+        {"zeros": q.zeros[:2]},
+        {"shape": (4, 48)},
+        {"scheme": Scheme.parse("int4_g16")},
+    ):
+        with pytest.raises(InputError):
+            ops.dequantize(QuantizedTensor(**{**fields, **change}, dtype="float32"), device="cpu")
+    with pytest.raises(InputError, match="int8"):
+        ops.dequantize(q, "int8")
+
+
+def test_auto_says_which_device_it_picked_and_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("arrowquant_gpu.backends._cuda_usable", lambda: (False, "no driver"))
+    assert pick_device("auto") == ("cpu", "no usable GPU: no driver")
+    with caplog.at_level(logging.DEBUG, "arrowquant_gpu"):
+        assert get_backend("auto").name == "cpu"
+    assert "using cpu (no usable GPU: no driver)" in caplog.text
+    monkeypatch.setattr("arrowquant_gpu.backends._cuda_usable", lambda: (True, "NVIDIA H200"))
+    assert pick_device("auto") == ("cuda:0", "NVIDIA H200")
+    assert pick_device("cuda:3").name == "cuda:3"
+
+
+def test_cuda_is_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arrowquant_gpu.backends._cuda_usable", lambda: (False, "no driver"))
+    with pytest.raises(DeviceError, match=r"cuda:1.*no driver"):
+        ops.quantize(np.zeros((1, 8), np.float32), device="cuda:1")
