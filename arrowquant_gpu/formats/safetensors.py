@@ -30,7 +30,7 @@ from . import TensorInfo
 from .recognise import by_first_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
-MAX_ENTRIES = 1_000_000  # tensors, or pairs of metadata, of one file
+MAX_ENTRIES = 1 << 18  # tensors, or pairs of metadata, of one file
 MAX_ENTRY_BYTES = 4096  # of one tensor's JSON object
 MAX_DIMS = 64  # of a NumPy array
 MAX_INT = 2**63 - 1
