@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+import arrowquant_gpu
+
 PACKAGE = "arrowquant_gpu"
 ROOT = Path(__file__).parent.parent
 
 # A unit is a module or package directly under arrowquant_gpu/. It may import units of lower layers.
 LAYERS = (
     ("errors", "dtypes", "schemes"),
-    ("tensor", "reference", "arrow_columns"),
-    ("backends", "interchange"),
+    ("tensor", "reference", "arrow_columns", "arrow_weights", "dlpack"),
+    ("backends", "interchange", "pinned"),
     ("ops",),
     ("formats",),
     ("pipeline",),
@@ -27,7 +29,12 @@ LAYERS = (
 )
 LAYER = {unit: n for n, layer in enumerate(LAYERS) for unit in layer}
 # The only imports between two units of one layer.
-SIDEWAYS = {("dtypes", "errors"), ("schemes", "errors"), ("arrow_columns", "tensor")}
+SIDEWAYS = {
+    ("dtypes", "errors"),
+    ("schemes", "errors"),
+    ("arrow_columns", "tensor"),
+    ("arrow_weights", "arrow_columns"),
+}
 # What the package's own front door offers to every layer.
 FROM_ROOT = {"__version__"}
 
@@ -141,3 +148,12 @@ def test_import_is_light(module: str) -> None:
 
 def test_a_heavy_import_is_noticed() -> None:
     assert loaded_by(f"import {PACKAGE}, llvmlite") & HEAVY == {"llvmlite"}
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    """What the package imports for type checkers is what it hands out at run time, from the same modules."""
+    block = next(n for n in ast.parse((ROOT / PACKAGE / "__init__.py").read_text()).body if isinstance(n, ast.If))
+    seen = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert seen == arrowquant_gpu._HOME
+    for name in arrowquant_gpu.__all__:
+        assert hasattr(arrowquant_gpu, name), name

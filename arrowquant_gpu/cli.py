@@ -1,0 +1,287 @@
+"""The command line `arrowquant`: parse, call the library, report. Exit codes are those of errors.py; docs/cli.md."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+from .cli_progress import progress_bar
+from .cli_report import Report
+from .errors import ArrowQuantError, SchemeError, VerifyError
+from .schemes import Scheme
+
+INTERRUPTED, TERMINATED, BROKEN_PIPE, BUG = 130, 143, 141, 70
+
+app = typer.Typer(
+    name="arrowquant",
+    help="Quantize model weights: the same bytes on CPU and GPU, checkpoints that serving engines load.",
+    epilog="Example: arrowquant quantize ./Llama-2-7b ./Llama-2-7b-int4 --scheme int4_g128",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="A safetensors file, its index, a model directory, or org/name[@revision].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more on stderr; -vv for everything.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error, print the traceback too.")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="auto (a usable GPU, else the CPU), cpu, cuda or cuda:N. Same bytes.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="CPU threads. [default: ARROWQUANT_NUM_THREADS, else all cores]"),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left at DST.")]
+
+
+@app.command(epilog="Example: arrowquant quantize model/ model-int4/ --scheme int4_g128 --ignore 'layers\\.0\\.'")
+def quantize(
+    src: Source,
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory or file to write.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="int{2,3,4,5,6,8}_{gN,channel,tensor}[_asym]. [default: int4_g128]"),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(metavar="B", help="Bits of a code; instead of --scheme.")] = None,
+    group_size: Annotated[
+        str | None, typer.Option(metavar="N", help="Weights that share a scale: a number, channel or tensor.")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
+    format: Annotated[  # noqa: A002 - the parameter is the option's name
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="compressed-tensors, parquet or arrow. [default: compressed-tensors for a model directory, "
+            "parquet for a lone file]",
+        ),
+    ] = None,
+    device: Device = "auto",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="RE", help="Quantize tensors whose name matches; may be repeated.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="RE", help="Keep tensors whose name matches; may be repeated, wins.")
+    ] = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Measure the error of every tensor on the way.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Quantize a float checkpoint.
+
+    SRC may be a safetensors file, a sharded index, a Hugging Face model directory or, with the hub extra, a Hub id.
+    Linear weights are quantized; embeddings, output heads, norms, biases and routers are kept, unless --include says
+    otherwise. --dry-run shows what would happen to each tensor and why.
+    """
+    with _run("quantize", json, quiet, verbose, debug) as report:
+        from .backends import pick_device
+        from .pipeline import quantize_checkpoint
+
+        chosen = _scheme(scheme, bits, group_size, asymmetric)
+        picked = pick_device(device)
+        with progress_bar("quantizing", shown=not quiet and not dry_run) as progress:
+            result = quantize_checkpoint(
+                src,
+                dst,
+                chosen,
+                format=format,
+                device=picked.name,
+                include=include or (),
+                ignore=ignore or (),
+                validate=validate,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                threads=threads,
+                progress=progress,
+            )
+        if dry_run:
+            report.plan(result)
+        else:
+            report.quantized(result, src, dst, picked)
+
+
+@app.command(epilog="Example: arrowquant inspect model/")
+def inspect(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A float or a quantized checkpoint.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """List the tensors of a checkpoint, float or quantized, from its headers."""
+    with _run("inspect", json, quiet, verbose, debug) as report:
+        from .pipeline.verify import inspect_checkpoint
+
+        report.inspected(inspect_checkpoint(src))
+
+
+@app.command(epilog="Example: arrowquant dequantize model-int4/ model-float/")
+def dequantize(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint that arrowquant wrote, in any format.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory or safetensors file to write.")],
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Decode a quantized checkpoint back to float safetensors, in the original dtypes."""
+    with _run("dequantize", json, quiet, verbose, debug) as report:
+        from .backends import pick_device
+        from .pipeline.dequantize import dequantize_checkpoint
+
+        picked = pick_device(device)
+        with progress_bar("decoding", shown=not quiet) as progress:
+            result = dequantize_checkpoint(
+                src, dst, device=picked.name, overwrite=overwrite, threads=threads, progress=progress
+            )
+        report.dequantized(result, src, dst, picked)
+
+
+@app.command(epilog="Example: arrowquant verify model-int4/ --against model/ --min-cosine 0.98")
+def verify(
+    dst: Annotated[str, typer.Argument(metavar="DST", help="The quantized checkpoint.")],
+    against: Annotated[str, typer.Option(metavar="SRC", help="The float checkpoint it was made from.")],
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(min=-1.0, max=1.0, metavar="C", help="Fail under this cosine. [default: by bit width]"),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Compare a quantized checkpoint with its original: cosine, SQNR and largest error of each tensor, worst first.
+
+    Fails with exit code 8 when a tensor is under the threshold, or a kept tensor is not the original.
+    """
+    with _run("verify", json, quiet, verbose, debug) as report:
+        from .pipeline.verify import verify_checkpoint
+
+        with progress_bar("verifying", shown=not quiet) as progress:
+            result = verify_checkpoint(
+                dst, against, min_cosine=min_cosine, device=device, threads=threads, progress=progress
+            )
+        report.verified(result)
+        if result.failed:
+            raise VerifyError(result.sentence)
+
+
+@app.command()
+def info(json: Json = False, debug: Debug = False) -> None:
+    """Show versions, devices, and which backend auto would take and why."""
+    with _run("info", json, False, 0, debug) as report:
+        report.info()
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"arrowquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _scheme(scheme: str | None, bits: int | None, group_size: str | None, asymmetric: bool) -> Scheme:
+    """The scheme that the options name, by id or by parts."""
+    if scheme is not None:
+        if bits is not None or group_size is not None or asymmetric:
+            raise SchemeError("give --scheme, or --bits, --group-size and --asymmetric, not both")
+        return Scheme.parse(scheme)
+    if group_size in ("channel", "tensor"):
+        return Scheme(4 if bits is None else bits, group_size, None, not asymmetric)
+    if group_size is not None and not group_size.isdecimal():
+        raise SchemeError(f"--group-size {group_size!r}: give a number, channel or tensor")
+    return Scheme(4 if bits is None else bits, "group", int(group_size or 128), not asymmetric)
+
+
+@contextlib.contextmanager
+def _run(command: str, json: bool, quiet: bool, verbose: int, debug: bool) -> Iterator[Report]:
+    """The body of a command: its report is printed at the end, its errors are one paragraph and an exit code."""
+    with _logging(verbose):
+        try:
+            report = Report(command, json=json, quiet=quiet)
+            yield report
+            report.flush()
+        except ArrowQuantError as e:
+            # What was found out before the error (verify: the figures) is still worth printing.
+            report.flush()
+            _fail(str(e), e.exit_code, debug)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was left behind", INTERRUPTED, debug)
+        except BrokenPipeError:
+            # The reader of stdout (head, less) has gone. Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE) from None
+        except Exception as e:
+            _fail(f"a bug in arrowquant, please report it with the output of --debug: {e!r}", BUG, debug)
+
+
+def _fail(message: str, exit_code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"arrowquant: {message}", file=sys.stderr)
+    raise typer.Exit(exit_code)
+
+
+@contextlib.contextmanager
+def _logging(verbose: int) -> Iterator[None]:
+    """The package's log on stderr while a command runs: warnings, with -v information, with -vv everything."""
+    log, handler = logging.getLogger(__package__), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+def _terminated(signum: int, frame: FrameType | None) -> Any:
+    # An exception, so that what was written so far is removed on the way out.
+    raise SystemExit(TERMINATED)
+
+
+def main() -> None:
+    """Entry point of the program."""
+    signal.signal(signal.SIGTERM, _terminated)
+    app(prog_name="arrowquant")
+
+
+if __name__ == "__main__":
+    main()

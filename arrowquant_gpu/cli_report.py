@@ -1,0 +1,157 @@
+"""What the command line prints on stdout: tables for people, or one JSON document. Quiet prints nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .backends import Device
+    from .pipeline import Manifest, Plan
+
+# (key of a row, heading, justified right)
+Column = tuple[str, str, bool]
+
+_PLAN: tuple[Column, ...] = (
+    ("name", "tensor", False),
+    ("action", "action", False),
+    ("scheme", "scheme", False),
+    ("dtype", "dtype", False),
+    ("shape", "shape", False),
+    ("bytes_before", "before", True),
+    ("bytes_after", "after", True),
+    ("bits_per_weight", "bits/weight", True),
+    ("reason", "reason", False),
+)
+_FIGURES: tuple[Column, ...] = (
+    ("name", "tensor", False),
+    ("scheme", "scheme", False),
+    ("cosine", "cosine", True),
+    ("sqnr_db", "SQNR dB", True),
+    ("max_error", "max error", True),
+)
+_TENSORS: tuple[Column, ...] = (*(_PLAN[i] for i in (0, 2, 3, 4)), ("bytes", "bytes", True))
+
+# Of a run that validated, this many of the worst tensors are shown; the manifest has all.
+N_WORST = 5
+
+
+class Report:
+    """Collects what one command found and prints it once, at its end."""
+
+    def __init__(self, command: str, *, json: bool, quiet: bool) -> None:
+        self.document: dict[str, Any] = {"command": command}
+        self._json, self._quiet = json, quiet
+        self._parts: list[Table | str] = []
+        self._filled = False
+
+    def add(self, *parts: Table | str, **document: Any) -> None:
+        """Text and tables for people, and the same as members of the JSON document."""
+        self._parts.extend(parts)
+        self.document.update(document)
+        self._filled = True
+
+    def flush(self) -> None:
+        """Print, once."""
+        if self._filled and self._json:
+            print(json.dumps(_plain(self.document), indent=1))
+        elif self._filled and not self._quiet:
+            # A file or pipe has no width to wrap to.
+            console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
+            for part in self._parts:
+                console.print(part, soft_wrap=isinstance(part, str), markup=False)
+        self._filled = False
+
+    def plan(self, plan: Plan) -> None:
+        """The plan of a dry run: every tensor, then the totals."""
+        rows, summary = plan.table.to_pylist(), plan.summary
+        self.add(table(rows, _PLAN), _totals(summary, "would be"), *_warnings(summary), summary=summary, tensors=rows)
+
+    def quantized(self, manifest: Manifest, src: str, dst: object, device: Device) -> None:
+        """A finished run: totals, speed, and the worst tensors where they were measured."""
+        rows, summary = manifest.table.to_pylist(), manifest.summary
+        worst = sorted((r for r in rows if r["cosine"] is not None), key=lambda r: r["cosine"])[:N_WORST]
+        self.add(
+            f"{src} -> {dst} ({summary['format']})",
+            _totals(summary, "were"),
+            _speed(summary["bytes_before"], summary["seconds"], device),
+            *([f"worst {len(worst)} by cosine:", table(worst, _FIGURES)] if worst else []),
+            *_warnings(summary),
+            source=src,
+            target=str(dst),
+            device=device._asdict(),
+            summary=summary,
+            tensors=rows,
+        )
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Table:
+    """Rows as a plain table, numbers to the right, nothing cut off."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for _, heading, right in columns:
+        shown.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(_cell(key, row[key]) for key, _, _ in columns))
+    return shown
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people, decimal as disks are sold.
+
+    >>> size(999), size(90_868_376)
+    ('999 B', '90.9 MB')
+    """
+    if n_bytes < 1000:
+        return f"{n_bytes:.0f} B"
+    power = min(int(math.log10(n_bytes) // 3), 4)
+    return f"{n_bytes / 1000**power:.1f} {' kMGT'[power]}B"
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key.startswith("bytes"):
+        return size(value)
+    if key == "shape":
+        return "x".join(map(str, value)) or "scalar"
+    if key == "cosine":
+        return f"{value:.6f}"
+    if key in ("sqnr_db", "bits_per_weight"):
+        return f"{value:.2f}"
+    if key == "max_error":
+        return f"{value:.3g}"
+    return str(value)
+
+
+def _totals(summary: Mapping[str, Any], verb: str) -> str:
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    stored = ", ".join(summary["stored_schemes"])
+    return (
+        f"{summary['n_quantized']} of {summary['n_tensors']} tensors {verb} quantized to {stored}: "
+        f"{size(before)} -> {size(after)} ({after / max(before, 1):.0%}), "
+        f"{summary['bits_per_weight']:.2f} bits per quantized weight, "
+        f"{summary['bits_per_weight_model']:.2f} over the whole model"
+    )
+
+
+def _speed(n_bytes: int, seconds: float, device: Device) -> str:
+    return f"{seconds:.2f} s on {device.name} ({device.reason}), {size(n_bytes / max(seconds, 1e-9))}/s"
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    return [f"warning: {w}" for w in summary["warnings"]]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities (the SQNR of a tensor without error): they become null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
