@@ -30,21 +30,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from . import arrow_values
 from .dtypes import DTYPES
 from .errors import InputError, SchemeError
-from .schemes import Scheme, rows_and_length
+from .schemes import SCALE_SUFFIXES, Scheme, rows_and_length
 from .tensor import QuantizedTensor
 
 VERSION = "1"
 
-# Names the element type of an integer field that holds bit patterns Arrow has no type for.
-DTYPE_KEY = b"arrowquant.dtype"
-
-_SCALE_ITEMS = {
-    "float32": pa.field("item", pa.float32()),
-    "float16": pa.field("item", pa.float16()),
-    "bfloat16": pa.field("item", pa.uint16(), metadata={DTYPE_KEY: b"bfloat16"}),
-}
 # Without these a row cannot be decoded. The others repeat what they say, or have a default.
 _REQUIRED = ("shape", "dtype", "data", "scales", "zero_points", "scheme")
 
@@ -61,8 +54,8 @@ def schema(scale_dtype: str) -> pa.Schema:
 
     Raises SchemeError for another scale dtype.
     """
-    if scale_dtype not in _SCALE_ITEMS:
-        raise SchemeError(f"scale dtype {scale_dtype!r}: choose one of {', '.join(_SCALE_ITEMS)}")
+    if scale_dtype not in SCALE_SUFFIXES:
+        raise SchemeError(f"scale dtype {scale_dtype!r}: choose one of {', '.join(SCALE_SUFFIXES)}")
     return pa.schema(
         [
             ("layer_name", pa.string()),
@@ -71,7 +64,7 @@ def schema(scale_dtype: str) -> pa.Schema:
             ("data", pa.large_binary()),
             ("num_params", pa.uint64()),
             ("quant_type", pa.string()),
-            ("scales", pa.large_list(_SCALE_ITEMS[scale_dtype])),
+            ("scales", pa.large_list(arrow_values.field("item", scale_dtype))),
             ("zero_points", pa.large_list(pa.uint8())),
             ("quant_axis", pa.int32()),
             ("group_size", pa.uint32()),
@@ -81,13 +74,18 @@ def schema(scale_dtype: str) -> pa.Schema:
             ("n_chunks", pa.uint32()),
             ("row_offset", pa.uint64()),
         ],
-        metadata={
-            "arrowquant.version": VERSION,
-            "arrowquant.scale_dtype": scale_dtype,
-            "arrowquant.packing": "bit stream, lowest bit first; each row of weights starts on a byte",
-            "arrowquant.decode": "(code - zero_point) * scale in float32; zero_point is 2**(bit_width - 1) where null",
-        },
+        metadata=metadata(scale_dtype),
     )
+
+
+def metadata(scale_dtype: str) -> dict[str, str]:
+    """The schema metadata: what there is to know for decoding a row that its columns do not say."""
+    return {
+        "arrowquant.version": VERSION,
+        "arrowquant.scale_dtype": scale_dtype,
+        "arrowquant.packing": "bit stream, lowest bit first; each row of weights starts on a byte",
+        "arrowquant.decode": "(code - zero_point) * scale in float32; zero_point is 2**(bit_width - 1) where null",
+    }
 
 
 def row(
@@ -290,10 +288,8 @@ class _Row:
             cell = cell.cast(pa.large_binary())
         width = np.int32 if pa.types.is_binary(cell.type) else np.int64
         _, offsets, data = cell.buffers()
-        start, stop = np.frombuffer(offsets, width, 2, cell.offset * np.dtype(width).itemsize)
-        if data is None:
-            return np.empty(0, np.uint8)
-        return np.frombuffer(data, np.uint8, int(stop - start), int(start))
+        start, stop = np.frombuffer(offsets, width, 2, cell.offset * np.dtype(width).itemsize).tolist()
+        return np.frombuffer(data, np.uint8, stop - start, start) if stop > start else np.empty(0, np.uint8)
 
     def values(self, column: str) -> NDArray[Any]:
         """The items of a list cell, a view of its buffer."""
@@ -348,20 +344,13 @@ def _batch(columns: pa.Schema, fields: dict[str, Any], **cells: pa.Array | None)
     return pa.RecordBatch.from_arrays(arrays, schema=columns)
 
 
-def _buffer(a: NDArray[Any]) -> pa.Buffer:
-    """The memory of a row-major array as a buffer that keeps it alive."""
-    flat = np.ascontiguousarray(a).reshape(-1)
-    return pa.py_buffer(flat.view(np.uint8))  # ml_dtypes arrays have no buffer protocol of their own
-
-
 def _binary_cell(a: NDArray[Any]) -> pa.Array:
     offsets = pa.py_buffer(np.array([0, a.nbytes], np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, _buffer(a)], null_count=0)
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, arrow_values.buffer(a)], null_count=0)
 
 
 def _list_cell(kind: pa.DataType, a: NDArray[Any] | None) -> pa.Array | None:
     if a is None:
         return None
-    values = pa.Array.from_buffers(kind.value_type, a.size, [None, _buffer(a)], null_count=0)
     offsets = pa.py_buffer(np.array([0, a.size], np.int64))
-    return pa.Array.from_buffers(kind, 1, [None, offsets], null_count=0, children=[values])
+    return pa.Array.from_buffers(kind, 1, [None, offsets], null_count=0, children=[arrow_values.from_numpy(a)])

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from .arrow_columns import DTYPE_KEY
-from .dtypes import DTYPES, WEIGHT_DTYPES
+from .arrow_values import DTYPE_KEY, to_numpy
 from .errors import InputError
 
 _WAYS_OUT: tuple[tuple[Callable[[pa.DataType], bool], str], ...] = (
@@ -109,28 +108,16 @@ def _dense(a: pa.Array, field: pa.Field, *, name: str) -> NDArray[Any]:
         items = _dense(a.storage, pa.field("storage", a.storage.type), name=name).reshape(len(a), *kind.shape)
         order = kind.permutation or range(len(kind.shape))
         return items.transpose(0, *(axis + 1 for axis in order))
-    stored_as = (field.metadata or {}).get(DTYPE_KEY, b"").decode()
+    marked_as = (field.metadata or {}).get(DTYPE_KEY, b"").decode()
     if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.opaque":
-        stored_as, a = kind.type_name, a.storage
+        marked_as, a = kind.type_name, a.storage
     if pa.types.is_floating(a.type) or pa.types.is_integer(a.type):
-        return _viewed(a, stored_as, name=name)
+        return to_numpy(a, marked_as, name=name)
     way_out = next((text for test, text in _WAYS_OUT if test(kind)), None)
     raise InputError(
         f"{name}: Arrow type {kind} cannot be read as weights: "
         f"{way_out or 'use float16, float32, float64 or an integer type, or lists of them'}"
     )
-
-
-def _viewed(a: pa.Array, dtype: str, *, name: str) -> NDArray[Any]:
-    """Numbers as they are, or, where they are marked with another dtype, as the bits of that."""
-    row, values = DTYPES.get(dtype), a.to_numpy(zero_copy_only=True)
-    if dtype in ("", values.dtype.name):
-        return values  # type: ignore[no-any-return]
-    if row is None or row.numpy is None or dtype not in WEIGHT_DTYPES:
-        raise InputError(f"{name}: {a.type} values marked as {dtype!r}, which cannot be read as weights")
-    if not pa.types.is_unsigned_integer(a.type) or a.type.bit_width != row.bits:
-        raise InputError(f"{name}: {a.type} values marked as {dtype}; its bits are uint{row.bits}")
-    return values.view(row.numpy)  # type: ignore[no-any-return]
 
 
 def _row_length(a: pa.Array, *, name: str) -> tuple[int, int]:

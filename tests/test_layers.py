@@ -20,8 +20,10 @@ ROOT = Path(__file__).parent.parent
 # A unit is a module or package directly under arrowquant_gpu/. It may import units of lower layers.
 LAYERS = (
     ("errors", "dtypes", "schemes"),
-    ("tensor", "reference", "arrow_columns", "arrow_weights", "dlpack"),
-    ("backends", "interchange", "pinned"),
+    ("arrow_values", "dlpack"),
+    ("arrow_weights", "device_arrow", "pinned"),
+    ("tensor", "reference", "arrow_columns"),
+    ("backends", "interchange"),
     ("ops",),
     ("formats",),
     ("pipeline",),
@@ -33,7 +35,7 @@ SIDEWAYS = {
     ("dtypes", "errors"),
     ("schemes", "errors"),
     ("arrow_columns", "tensor"),
-    ("arrow_weights", "arrow_columns"),
+    ("tensor", "arrow_columns"),
 }
 # What the package's own front door offers to every layer.
 FROM_ROOT = {"__version__"}
