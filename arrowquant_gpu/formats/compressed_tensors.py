@@ -1,24 +1,23 @@
-"""The sink for compressed-tensors checkpoints, format `pack-quantized`: what transformers, vLLM and SGLang load.
+"""compressed-tensors checkpoints, format `pack-quantized`: the layout, and the reader. The sink is a file of its own.
 
-Layout of one linear module `P`, [N, K] weights of b bits (docs/compressed_tensors.md):
+One linear module `P` of [N, K] weights of b bits (docs/compressed_tensors.md):
 
     P.weight_packed      int32 [N, ceil(K b / 32)]   the code stream of schemes.py, each row padded to whole words
     P.weight_scale       weights' dtype [N, groups]
     P.weight_shape       int64 [2]                   N, K
     P.weight_zero_point  int32 [ceil(N b / 32), groups], asymmetric only: packed like codes, but down each column
 
-Codes and zero points are stored as here, offset by 2**(b-1). Source: vllm-project/compressed-tensors,
+Codes and zero points are stored as in this package, offset by 2**(b-1). Source: vllm-project/compressed-tensors,
 compressors/pack_quantized and quantization/quant_config.py, versions 0.12 to 0.20.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 import math
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,252 +25,238 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, KERNEL_DTYPES
-from ..errors import FormatError
-from ..schemes import Scheme
-from . import Checkpoint, Entry, TensorInfo, safetensors
-from .model_card import model_card
-from .output import MANIFEST, Output, target_errors
+from ..errors import SchemeError, SourceError
+from ..schemes import Scheme, rows_and_length
+from ..tensor import QuantizedTensor
+from . import Entry, TensorInfo, safetensors
+from .output import MANIFEST
 
 # The widths whose packing every version of the readers agrees on, and which divide a 32-bit word.
 BITS = (2, 4, 8)
-
-# Linear layers of these models are transformers' Conv1D modules, [in, out], which the readers do not match.
-CONV1D_MODELS = frozenset({"gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp"})
-_CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_fc|c_proj|q_attn)\.weight$")
-
-# Modules that are embeddings for certain; every other kept matrix goes on the ignore list.
-_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens|word_embeddings?|position_embeddings?|token_type_embeddings|tok_embeddings|wte|wpe"
-    r"|embed_positions|embed_in|shared|relative_attention_bias)\.weight$"
-)
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|lm_head\.decoder|predictions\.decoder|embed_out|proj_out|lm_loss)\.weight$")
-# An output head that is tied to the embedding is a linear module with no tensor of its own.
-_TIED_HEAD = r"re:(?:.*\.)?(?:lm_head|predictions|embed_out|vocab_projector|lm_loss|generator_lm_head)(?:\..*)?$"
-
-_LOADER = "It loads in transformers (with compressed-tensors), vLLM and SGLang."
+INDEX = "model.safetensors.index.json"
+# Key of config.json under which the sink says how the weights were made.
+RECORD = "arrowquant"
+_BLOCK_BYTES = 16 << 20
 
 
-class CompressedTensorsSink:
-    """Writes a model directory. `config` is the source's config.json, without which there is nothing to write into."""
-
-    format = "compressed-tensors"
-
-    def __init__(self, output: Output, config: Mapping[str, Any] | None) -> None:
-        if config is None:
-            raise FormatError(
-                "compressed-tensors needs a model directory with config.json, where the quantization is described; "
-                "use --format parquet or arrow for a lone file"
-            )
-        self._output = output
-        self._config = config
-        self._places: dict[str, tuple[str, int]] = {}
-        self._zero_words: dict[str, NDArray[np.uint32]] = {}
-
-    def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
-        """The scheme with scales in the weights' own dtype. See `Sink`."""
-        if scheme.bits not in BITS:
-            raise FormatError(
-                f"compressed-tensors: the readers disagree on the layout of {scheme.bits}-bit codes (it changed in "
-                f"0.18); use int2, int4 or int8, or --format parquet or arrow"
-            )
-        if scheme.granularity == "tensor":
-            raise FormatError(
-                "compressed-tensors: pack-quantized has scales per group or per channel, not per tensor; "
-                "use int8_channel, or --format parquet or arrow"
-            )
-        if len(info.shape) > 2 and re.search(r"experts|moe", info.name):
-            raise FormatError(
-                "stacked experts: compressed-tensors packs linear modules, not stacks of them; "
-                "--format parquet or arrow carries them"
-            )
-        if len(info.shape) != 2 or not info.name.endswith(".weight"):
-            raise FormatError("compressed-tensors packs only 2-D weights of linear modules, named MODULE.weight")
-        if self._config.get("model_type") in CONV1D_MODELS and _CONV1D.search(info.name):
-            raise FormatError(
-                "a Conv1D module with transposed weights, which compressed-tensors does not know; "
-                "--format parquet or arrow carries it"
-            )
-        if info.dtype not in KERNEL_DTYPES:
-            raise FormatError(f"compressed-tensors has weights of {', '.join(KERNEL_DTYPES)}, not of {info.dtype}")
-        if scheme.scale_dtype not in ("float32", info.dtype):
-            raise FormatError(
-                f"compressed-tensors stores scales in the weights' dtype {info.dtype}, not in {scheme.scale_dtype}; "
-                f"leave the suffix out, or use --format parquet or arrow"
-            )
-        if info.shape[1] % scheme.group_length(info.shape[1]):
-            raise FormatError(
-                f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}, as compressed-tensors "
-                f"needs; --format parquet or arrow carries the rest as a shorter group"
-            )
-        return dataclasses.replace(scheme, scale_dtype=info.dtype)
-
-    def n_bytes(self, entry: Entry) -> int:
-        """Bytes of all tensors of this entry, without their part of the header. See `Sink`."""
-        return sum(_n_bytes(dtype, shape) for _, dtype, shape in stored_tensors(entry))
-
-    def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
-        """Make every file of the output in its final size, all but the weights in their final content. See `Sink`."""
-        out = self._output
-        out.begin()
-        self._write_side_files(source, provenance)
-        self._write_json("config.json", self._config_of(entries, provenance))
-        # One output file per source file: what lay together stays together, and no plan of sizes is needed.
-        sources = list(dict.fromkeys(e.info.file for e in entries))
-        weight_map: dict[str, str] = {}
-        total = 0
-        for i, file in enumerate(sources):
-            name = "model.safetensors" if len(sources) == 1 else f"model-{i + 1:05d}-of-{len(sources):05d}.safetensors"
-            stored = [t for e in entries if e.info.file == file for t in stored_tensors(e)]
-            record = {f"arrowquant.{key}": value for key, value in provenance.items()}
-            header, places = safetensors.layout(stored, {**source.metadata, "format": "pt", **record})
-            out.create(name, max([len(header), *(end for _, end in places.values())]))
-            out.write(name, 0, np.frombuffer(header, np.uint8))
-            self._places |= {tensor: (name, begin) for tensor, (begin, _) in places.items()}
-            weight_map |= dict.fromkeys(places, name)
-            total += sum(end - begin for begin, end in places.values())
-        if len(sources) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            self._write_json("model.safetensors.index.json", index)
-        for entry in entries:
-            if entry.scheme is not None:
-                self._write(_module(entry) + ".weight_shape", 0, np.array(entry.info.shape, "<i8"))
-
-    def write_rows(self, entry: Entry, row: int, packed: NDArray[Any], scales: NDArray[Any], zeros: Any) -> None:
-        """Rows in any order, each once. See `Sink`."""
-        assert entry.scheme is not None
-        module = _module(entry)
-        row_bytes = 4 * _words(entry.info.shape[1], entry.scheme.bits)
-        if packed.shape[1] != row_bytes:
-            packed = np.pad(packed, ((0, 0), (0, row_bytes - packed.shape[1])))
-        self._write(module + ".weight_packed", row * row_bytes, packed)
-        self._write(module + ".weight_scale", row * scales.shape[1] * scales.itemsize, scales)
-        if zeros is not None:
-            self._write_zeros(entry, row, zeros)
-
-    def write_bytes(self, entry: Entry, offset: int, data: NDArray[Any]) -> None:
-        """See `Sink`."""
-        self._write(entry.info.name, offset, data)
-
-    def commit(self) -> tuple[Path, ...]:
-        """See `Sink`."""
-        return self._output.commit()
-
-    def abort(self) -> None:
-        """See `Sink`."""
-        self._output.abort()
-
-    def _write(self, tensor: str, offset: int, data: NDArray[Any]) -> None:
-        file, begin = self._places[tensor]
-        self._output.write(file, begin + offset, data)
-
-    def _write_zeros(self, entry: Entry, row: int, zeros: NDArray[np.uint8]) -> None:
-        """A word holds the zero points of 32 / bits rows: staged per tensor, written after its last row."""
-        assert entry.scheme is not None
-        bits, (n, _) = entry.scheme.bits, entry.info.shape
-        name = _module(entry) + ".weight_zero_point"
-        words = self._zero_words.setdefault(name, np.zeros((_words(n, bits), zeros.shape[1]), "<u4"))
-        per_word = 32 // bits
-        for k in range(min(per_word, len(zeros))):
-            first = row + k
-            part = zeros[k::per_word].astype(np.uint32) << np.uint32(first % per_word * bits)
-            words[first // per_word : first // per_word + len(part)] |= part
-        if row + len(zeros) == n:
-            self._write(name, 0, self._zero_words.pop(name))
-
-    def _write_side_files(self, source: Checkpoint, provenance: dict[str, str]) -> None:
-        root = source.path if source.path.is_dir() else source.path.parent
-        card = None
-        for file in source.side_files:
-            name = str(file.relative_to(root))
-            if name == "README.md":
-                card = file.read_bytes()
-            elif name not in ("config.json", "model.safetensors.index.json", MANIFEST):
-                with target_errors(self._output.target):
-                    shutil.copyfile(file, self._output.path(name))
-        self._write_text("README.md", model_card(card, provenance, _LOADER))
-
-    def _write_json(self, name: str, value: object) -> None:
-        self._write_text(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-    def _write_text(self, name: str, data: bytes) -> None:
-        with target_errors(self._output.target, len(data)):
-            self._output.path(name).write_bytes(data)
-
-    def _config_of(self, entries: Sequence[Entry], provenance: dict[str, str]) -> dict[str, Any]:
-        scheme = next(e.scheme for e in entries if e.scheme is not None)
-        weights = {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": scheme.granularity,
-            "group_size": scheme.group_size,
-            "dynamic": False,
-        }
-        group = {
-            "targets": ["Linear"],
-            "format": "pack-quantized",
-            "input_activations": None,
-            "output_activations": None,
-            "weights": weights,
-        }
-        quantization = {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": ignore_list(entries, self._config),
-            "kv_cache_scheme": None,
-            "global_compression_ratio": None,
-        }
-        return {**self._config, "quantization_config": quantization, "arrowquant": dict(provenance)}
-
-
-def ignore_list(entries: Sequence[Entry], config: Mapping[str, Any]) -> list[str]:
-    """Names of the modules that stay in float: the readers build the packed layout for every other Linear.
-
-    Names of modules that are not linear do no harm, so a matrix is listed unless it is an embedding for certain.
-    """
-    ignored: dict[str, None] = {}
-    for entry in entries:
-        name = entry.info.name
-        if entry.scheme is not None or len(entry.info.shape) < 2:
-            continue
-        experts = re.match(r"(.*\bexperts)\.[^.\d][^.]*(?:\.weight)?$", name)
-        if experts and len(entry.info.shape) == 3:
-            ignored[experts[1]] = None
-        elif name.endswith(".weight") and len(entry.info.shape) == 2 and not _EMBEDDING.search(name):
-            ignored[_module(entry)] = None
-    quantized = [_module(e) for e in entries if e.scheme is not None]
-    is_base = all(name.endswith("Model") for name in config.get("architectures") or ())
-    has_head = any(_HEAD.search(e.info.name) for e in entries)
-    if not is_base and not has_head and not any(re.match(_TIED_HEAD[3:], name) for name in quantized):
-        ignored[_TIED_HEAD] = None
-    return list(ignored)
-
-
-def stored_tensors(entry: Entry) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of the tensors that an entry becomes in the file."""
-    info, scheme = entry.info, entry.scheme
-    if scheme is None:
-        return [(info.name, info.dtype, info.shape)]
-    module, (n, k), groups = _module(entry), info.shape, scheme.scales_shape(info.shape)[1]
-    stored = [
-        (module + ".weight_packed", "int32", (n, _words(k, scheme.bits))),
-        (module + ".weight_scale", scheme.scale_dtype, (n, groups)),
-        (module + ".weight_shape", "int64", (2,)),
-    ]
-    if not scheme.symmetric:
-        stored.append((module + ".weight_zero_point", "int32", (_words(n, scheme.bits), groups)))
-    return stored
-
-
-def _module(entry: Entry) -> str:
-    return entry.info.name.removesuffix(".weight")
-
-
-def _words(n: int, bits: int) -> int:
+def n_words(n: int, bits: int) -> int:
+    """32-bit words that hold n codes."""
     return -(-n * bits // 32)
 
 
-def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) * DTYPES[dtype].bits // 8)
+def stored_tensors(info: TensorInfo, scheme: Scheme | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a tensor becomes in the file: name -> (dtype, shape). `info` is that of the float tensor.
+
+    >>> info = TensorInfo("fc.weight", "bfloat16", (8, 64), Path("m"), 0, 1024)
+    >>> stored_tensors(info, Scheme.parse("int4_g32_bf16"))["fc.weight_packed"]
+    ('int32', (8, 8))
+    """
+    if scheme is None:
+        return {info.name: (info.dtype, info.shape)}
+    (n, k), groups = info.shape, scheme.scales_shape(info.shape)[1]
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{info.name}_packed": ("int32", (n, n_words(k, scheme.bits))),
+        f"{info.name}_scale": (scheme.scale_dtype, (n, groups)),
+        f"{info.name}_shape": ("int64", (2,)),
+    }
+    if not scheme.symmetric:
+        stored[f"{info.name}_zero_point"] = ("int32", (n_words(n, scheme.bits), groups))
+    return stored
+
+
+class CompressedTensorsCheckpoint:
+    """Reads a `pack-quantized` model directory, from this package or another, int2, int4 or int8. See
+    `QuantizedCheckpoint`.
+
+    `entries` are in the order of the files. `config`, `metadata` and `side_files` are without what quantization added;
+    `provenance` is what this package wrote about how the weights were made, empty for other writers. Blocks are views
+    of the mapped files, which must not change while it is in use.
+
+    Raises SourceError for what is missing, contradicts itself, or is in another format.
+    """
+
+    format = "compressed-tensors"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        config = self._read_json("config.json")
+        self._groups = self._config_groups(config)
+        self.provenance: dict[str, str] = {str(k): str(v) for k, v in (config.get(RECORD) or {}).items()}
+        self.config: dict[str, Any] | None = {
+            k: v for k, v in config.items() if k not in ("quantization_config", "compression_config", RECORD)
+        }
+        self._stored: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._files = self._weight_files()
+        for file in self._files:
+            header = safetensors.read_header(file)
+            if twice := self._stored.keys() & header.tensors.keys():
+                raise SourceError(f"{file}: tensor {min(twice)} is in another file too")
+            self._stored |= header.tensors
+            self.metadata |= {k: v for k, v in header.metadata.items() if not k.startswith(f"{RECORD}.")}
+        self.entries = self._find_entries()
+        skipped = {*self._files, *(self.path / name for name in ("config.json", INDEX, MANIFEST))}
+        self.side_files = tuple(p for p in sorted(self.path.rglob("*")) if p.is_file() and p not in skipped)
+        self._maps: dict[Path, NDArray[np.uint8]] = {}
+
+    def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
+        """The tensor in blocks of about 16 MiB of whole rows, at least one row. See `QuantizedCheckpoint`."""
+        entry = self.entries[name]
+        if entry.scheme is None:
+            yield from self._copied_blocks(entry.info)
+            return
+        scheme, (n, k) = entry.scheme, entry.info.shape
+        row_bytes = scheme.packed_shape((1, k))[1]
+        packed = self._view(self._stored[f"{name}_packed"]).view(np.uint8)
+        scales = self._view(self._stored[f"{name}_scale"])
+        words = None if scheme.symmetric else self._view(self._stored[f"{name}_zero_point"])
+        step = max(1, _BLOCK_BYTES // max(1, packed.shape[1]))
+        for row in range(0, n, step):
+            stop = min(row + step, n)
+            zeros = None if words is None else _unpack_zeros(words, scheme.bits, row, stop)
+            shape = stop - row, k
+            yield (
+                row,
+                QuantizedTensor(packed[row:stop, :row_bytes], scales[row:stop], zeros, shape, scheme, entry.info.dtype),
+            )
+
+    def _copied_blocks(self, info: TensorInfo) -> Iterator[tuple[int, NDArray[Any]]]:
+        x = self._view(info)
+        x = x.reshape(1, -1) if DTYPES[info.dtype].numpy is None else x.reshape(rows_and_length(info.shape))
+        step = max(1, _BLOCK_BYTES // max(1, x.shape[1] * x.itemsize))
+        for row in range(0, x.shape[0], step):
+            yield row, x[row : row + step]
+
+    def _view(self, info: TensorInfo) -> NDArray[Any]:
+        if info.file not in self._maps:
+            self._maps[info.file] = np.memmap(info.file, np.uint8, "r")
+        raw = self._maps[info.file][info.offset : info.offset + info.n_bytes]
+        dtype = DTYPES[info.dtype].numpy
+        return np.asarray(raw) if dtype is None else np.asarray(raw).view(dtype).reshape(info.shape)
+
+    def _fail(self, words: str) -> SourceError:
+        return SourceError(f"{self.path}: {words}")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError, RecursionError) as e:
+            raise self._fail(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+        if not isinstance(value, dict):
+            raise self._fail(f"{name} is no JSON object")
+        return value
+
+    def _weight_files(self) -> list[Path]:
+        if not (self.path / INDEX).exists():
+            files = sorted(self.path.glob("*.safetensors"))
+            if not files:
+                raise self._fail("no .safetensors file is there")
+            return files
+        names = self._read_json(INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise self._fail(f"{INDEX} has no weight_map")
+        for name in names.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise self._fail(f"{INDEX} names a file {name!r} that is not in this directory")
+            if not (self.path / name).is_file():
+                raise self._fail(f"{name}, which {INDEX} names, is missing")
+        return [self.path / name for name in sorted(set(names.values()))]
+
+    def _config_groups(self, config: Mapping[str, Any]) -> list[tuple[list[str], Mapping[str, Any]]]:
+        """(targets, weights) of each group. Raises SourceError for another method or format."""
+        found = config.get("quantization_config") or config.get("compression_config")
+        if not isinstance(found, dict):
+            raise self._fail("config.json has no quantization_config: this is no quantized model")
+        method = found.get("quant_method")
+        if method != "compressed-tensors":
+            raise self._fail(f"quantization_config has quant_method {method!r}; compressed-tensors is what can be read")
+        groups: list[tuple[list[str], Mapping[str, Any]]] = []
+        described = found.get("config_groups")
+        for group in described.values() if isinstance(described, dict) else ():
+            targets, weights = (group.get(k) if isinstance(group, dict) else None for k in ("targets", "weights"))
+            if not isinstance(targets, list) or not isinstance(weights, dict):
+                raise self._fail("a group of quantization_config has no targets or no weights")
+            written = group.get("format") or found.get("format")
+            if written != "pack-quantized" or weights.get("type") != "int":
+                raise self._fail(f"compressed-tensors format {written!r}; pack-quantized is what can be read")
+            if weights.get("actorder") == "group":
+                raise self._fail("activation order (actorder: group) cannot be read")
+            groups.append(([str(target) for target in targets], weights))
+        return groups
+
+    def _scheme_of(self, name: str) -> Scheme:
+        """The scheme of the float tensor `name`: an exact or re: target goes before a class name."""
+        module = name.removesuffix(".weight")
+        by_name = (w for targets, w in self._groups if any(_is_target(target, module) for target in targets))
+        by_class = (w for targets, w in self._groups if "Linear" in targets)
+        matched = next(itertools.chain(by_name, by_class), None)
+        if matched is None:
+            raise self._fail(f"{name} is packed, but no group of quantization_config has it as a target")
+        bits, strategy = matched.get("num_bits"), matched.get("strategy")
+        if bits not in BITS:
+            raise self._fail(f"{name}: {bits}-bit codes, whose layout depends on what wrote them, cannot be read")
+        if strategy not in ("group", "channel"):
+            raise self._fail(f"{name}: strategy {strategy!r}; group and channel are what can be read")
+        size = matched.get("group_size") if strategy == "group" else None
+        scale_dtype = self._stored[f"{name}_scale"].dtype if f"{name}_scale" in self._stored else "none"
+        if scale_dtype not in KERNEL_DTYPES:
+            raise self._fail(f"{name}_scale is {scale_dtype}; expected one of {', '.join(KERNEL_DTYPES)}")
+        try:
+            return Scheme(bits, strategy, size, bool(matched.get("symmetric", True)), scale_dtype)
+        except (SchemeError, TypeError) as e:
+            raise self._fail(f"{name}: {e}") from e
+
+    def _find_entries(self) -> dict[str, Entry]:
+        packed = {name: self._packed_entry(name) for name in self._stored if name.endswith(".weight_packed")}
+        parts = {part for entry in packed.values() for part in stored_tensors(entry.info, entry.scheme)}
+        found = [
+            packed[name] if name in packed else Entry(info, None, "kept")
+            for name, info in self._stored.items()
+            if name in packed or name not in parts
+        ]
+        return {entry.info.name: entry for entry in found}
+
+    def _packed_entry(self, packed: str) -> Entry:
+        """The float tensor of a `weight_packed`, all of whose parts are checked against each other."""
+        name = packed.removesuffix("_packed")
+        if f"{name}_g_idx" in self._stored:
+            raise self._fail(f"{name}_g_idx: activation order cannot be read")
+        scheme, shape, stored = self._scheme_of(name), self._shape_of(name), self._stored[packed]
+        n_bytes = DTYPES[scheme.scale_dtype].bits // 8 * math.prod(shape)
+        info = TensorInfo(name, scheme.scale_dtype, shape, stored.file, stored.offset, n_bytes)
+        for part, expected in stored_tensors(info, scheme).items():
+            found = self._stored.get(part)
+            if found is None or (found.dtype, found.shape) != expected:
+                has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
+                raise self._fail(f"{part} {has}; {scheme.id} {list(shape)} has {expected[0]} {list(expected[1])}")
+        return Entry(info, scheme, "packed")
+
+    def _shape_of(self, name: str) -> tuple[int, int]:
+        info = self._stored.get(f"{name}_shape")
+        if info is None or info.shape != (2,) or info.dtype != "int64":
+            raise self._fail(f"{name}_shape is missing, or not two int64")
+        with info.file.open("rb") as f:
+            f.seek(info.offset)
+            n, k = np.frombuffer(f.read(info.n_bytes), "<i8").tolist()
+        if n < 0 or k < 0:
+            raise self._fail(f"{name}_shape is {[n, k]}")
+        return n, k
+
+
+def _is_target(target: str, module: str) -> bool:
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target[3:], module) is not None
+    except re.error as e:
+        raise SourceError(f"target {target!r} of quantization_config is no regular expression: {e}") from e
+
+
+def _unpack_zeros(words: NDArray[np.int32], bits: int, row: int, stop: int) -> NDArray[np.uint8]:
+    """Zero points of the rows row .. stop, [rows, groups], from words that hold 32 / bits rows each."""
+    per_word = 32 // bits
+    first = row // per_word
+    part = words[first : -(-stop // per_word)].view(np.uint32)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    zeros = ((part[:, None, :] >> shifts[:, None]) & np.uint32((1 << bits) - 1)).astype(np.uint8)
+    return zeros.reshape(-1, words.shape[1])[row - first * per_word : stop - first * per_word]

@@ -17,17 +17,17 @@ _KEY = re.compile(r"^arrowquant:[^\n]*\n(?:(?:[ \t][^\n]*|\r?)\n)*", re.MULTILIN
 _NOTE = re.compile(rf"{_BEGIN}.*?{_END}(?:\r?\n){{0,2}}", re.DOTALL)
 
 
-def model_card(original: bytes | None, provenance: Mapping[str, str], loader: str) -> bytes:
-    """The card of an output. `original` is the source's card or None, `loader` a sentence on what loads the output.
+def model_card(original: bytes | None, provenance: Mapping[str, str], summary: str) -> bytes:
+    """The card of an output. `original` is the source's card or None, `summary` a sentence for readers.
 
-    >>> print(model_card(b"---\\nlicense: mit\\n---\\n# A model\\n", {"scheme": "int4_g128"}, "It loads.").decode())
+    >>> print(model_card(b"---\\nlicense: mit\\n---\\n# A model\\n", {"scheme": "int4_g128"}, "In 4 bits.").decode())
     ---
     license: mit
     arrowquant:
       scheme: "int4_g128"
     ---
     <!-- arrowquant -->
-    The weights were quantized with arrowquant_gpu (scheme: int4_g128). It loads.
+    In 4 bits.
     <!-- /arrowquant -->
     <BLANKLINE>
     # A model
@@ -36,9 +36,7 @@ def model_card(original: bytes | None, provenance: Mapping[str, str], loader: st
     text = (original or b"").decode("utf-8", "surrogateescape")
     newline = "\r\n" if "\r\n" in text else "\n"
     record = "".join(f"  {key}: {json.dumps(value)}{newline}" for key, value in provenance.items())
-    told = ", ".join(f"{key}: {value}" for key, value in provenance.items())
-    said = f"The weights were quantized with arrowquant_gpu ({told}). {loader}"
-    note = newline.join([_BEGIN, said, _END, "", ""])
+    note = newline.join([_BEGIN, summary, _END, "", ""])
     front = _FRONT.match(text)
     body = _NOTE.sub("", text[front.end() :] if front else text, count=1)
     if front is None:

@@ -1,0 +1,251 @@
+"""The sink for compressed-tensors checkpoints, format `pack-quantized`; the layout is in compressed_tensors.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..errors import FormatError
+from ..schemes import Scheme
+from . import Checkpoint, Entry, TensorInfo, safetensors
+from .compressed_tensors import BITS, INDEX, RECORD, n_words, stored_tensors
+from .model_card import model_card
+from .output import MANIFEST, Output, target_errors
+
+# Linear layers of these models are transformers' Conv1D modules, [in, out], which the readers do not match.
+CONV1D_MODELS = frozenset({"gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp"})
+_CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_fc|c_proj|q_attn)\.weight$")
+
+# Modules that are embeddings for certain; every other kept matrix goes on the ignore list.
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|word_embeddings?|position_embeddings?|token_type_embeddings|tok_embeddings|wte|wpe"
+    r"|embed_positions|embed_in|shared|relative_attention_bias)\.weight$"
+)
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|lm_head\.decoder|predictions\.decoder|embed_out|proj_out|lm_loss)\.weight$")
+# An output head that is tied to the embedding is a linear module with no tensor of its own.
+_TIED_HEAD = r"re:(?:.*\.)?(?:lm_head|predictions|embed_out|vocab_projector|lm_loss|generator_lm_head)(?:\..*)?$"
+
+
+class CompressedTensorsSink:
+    """Writes a model directory. `config` is the source's config.json, without which there is nothing to write into."""
+
+    format = "compressed-tensors"
+
+    def __init__(self, output: Output, config: Mapping[str, Any] | None) -> None:
+        if config is None:
+            raise FormatError(
+                "compressed-tensors needs a model directory with config.json, where the quantization is described; "
+                "use --format parquet or arrow for a lone file"
+            )
+        self._output = output
+        self._config = config
+        self._places: dict[str, tuple[str, int]] = {}
+        self._zero_words: dict[str, NDArray[np.uint32]] = {}
+
+    def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
+        """The scheme with scales in the weights' own dtype. See `Sink`."""
+        if scheme.bits not in BITS:
+            raise FormatError(
+                f"compressed-tensors: the readers disagree on the layout of {scheme.bits}-bit codes (it changed in "
+                f"0.18); use int2, int4 or int8, or --format parquet or arrow"
+            )
+        if scheme.granularity == "tensor":
+            raise FormatError(
+                "compressed-tensors: pack-quantized has scales per group or per channel, not per tensor; "
+                "use int8_channel, or --format parquet or arrow"
+            )
+        if len(info.shape) > 2 and re.search(r"experts|moe", info.name):
+            raise FormatError(
+                "stacked experts: compressed-tensors packs linear modules, not stacks of them; "
+                "--format parquet or arrow carries them"
+            )
+        if len(info.shape) != 2 or not info.name.endswith(".weight"):
+            raise FormatError("compressed-tensors packs only 2-D weights of linear modules, named MODULE.weight")
+        if self._config.get("model_type") in CONV1D_MODELS and _CONV1D.search(info.name):
+            raise FormatError(
+                "a Conv1D module with transposed weights, which compressed-tensors does not know; "
+                "--format parquet or arrow carries it"
+            )
+        if info.dtype not in KERNEL_DTYPES:
+            raise FormatError(f"compressed-tensors has weights of {', '.join(KERNEL_DTYPES)}, not of {info.dtype}")
+        if scheme.scale_dtype not in ("float32", info.dtype):
+            raise FormatError(
+                f"compressed-tensors stores scales in the weights' dtype {info.dtype}, not in {scheme.scale_dtype}; "
+                f"leave the suffix out, or use --format parquet or arrow"
+            )
+        if info.shape[1] % scheme.group_length(info.shape[1]):
+            raise FormatError(
+                f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}, as compressed-tensors "
+                f"needs; --format parquet or arrow carries the rest as a shorter group"
+            )
+        return dataclasses.replace(scheme, scale_dtype=info.dtype)
+
+    def n_bytes(self, entry: Entry) -> int:
+        """Bytes of all tensors of this entry, without their part of the header. See `Sink`."""
+        return sum(_n_bytes(dtype, shape) for dtype, shape in stored_tensors(entry.info, entry.scheme).values())
+
+    def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
+        """Make every file of the output in its final size, all but the weights in their final content. See `Sink`."""
+        out = self._output
+        out.begin()
+        self._write_side_files(source, provenance)
+        self._write_json("config.json", self._config_of(entries, provenance))
+        # One output file per source file: what lay together stays together, and no plan of sizes is needed.
+        sources = list(dict.fromkeys(e.info.file for e in entries))
+        weight_map: dict[str, str] = {}
+        total = 0
+        for i, file in enumerate(sources):
+            name = "model.safetensors" if len(sources) == 1 else f"model-{i + 1:05d}-of-{len(sources):05d}.safetensors"
+            stored = [
+                (tensor, dtype, shape)
+                for e in entries
+                if e.info.file == file
+                for tensor, (dtype, shape) in stored_tensors(e.info, e.scheme).items()
+            ]
+            record = {f"{RECORD}.{key}": value for key, value in provenance.items()}
+            header, places = safetensors.layout(stored, {**source.metadata, "format": "pt", **record})
+            out.create(name, max([len(header), *(end for _, end in places.values())]))
+            out.write(name, 0, np.frombuffer(header, np.uint8))
+            self._places |= {tensor: (name, begin) for tensor, (begin, _) in places.items()}
+            weight_map |= dict.fromkeys(places, name)
+            total += sum(end - begin for begin, end in places.values())
+        if len(sources) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self._write_json(INDEX, index)
+        for entry in entries:
+            if entry.scheme is not None:
+                self._write(_module(entry) + ".weight_shape", 0, np.array(entry.info.shape, "<i8"))
+
+    def write_rows(self, entry: Entry, row: int, packed: NDArray[Any], scales: NDArray[Any], zeros: Any) -> None:
+        """Rows in any order, each once. See `Sink`."""
+        assert entry.scheme is not None
+        module = _module(entry)
+        row_bytes = 4 * n_words(entry.info.shape[1], entry.scheme.bits)
+        if packed.shape[1] != row_bytes:
+            packed = np.pad(packed, ((0, 0), (0, row_bytes - packed.shape[1])))
+        self._write(module + ".weight_packed", row * row_bytes, packed)
+        self._write(module + ".weight_scale", row * scales.shape[1] * scales.itemsize, scales)
+        if zeros is not None:
+            self._write_zeros(entry, row, zeros)
+
+    def write_bytes(self, entry: Entry, offset: int, data: NDArray[Any]) -> None:
+        """See `Sink`."""
+        self._write(entry.info.name, offset, data)
+
+    def commit(self) -> tuple[Path, ...]:
+        """See `Sink`."""
+        return self._output.commit()
+
+    def abort(self) -> None:
+        """See `Sink`."""
+        self._output.abort()
+
+    def _write(self, tensor: str, offset: int, data: NDArray[Any]) -> None:
+        file, begin = self._places[tensor]
+        self._output.write(file, begin + offset, data)
+
+    def _write_zeros(self, entry: Entry, row: int, zeros: NDArray[np.uint8]) -> None:
+        """A word holds the zero points of 32 / bits rows: staged per tensor, written after its last row."""
+        assert entry.scheme is not None
+        bits, (n, _) = entry.scheme.bits, entry.info.shape
+        name = _module(entry) + ".weight_zero_point"
+        words = self._zero_words.setdefault(name, np.zeros((n_words(n, bits), zeros.shape[1]), "<u4"))
+        per_word = 32 // bits
+        for k in range(min(per_word, len(zeros))):
+            first = row + k
+            part = zeros[k::per_word].astype(np.uint32) << np.uint32(first % per_word * bits)
+            words[first // per_word : first // per_word + len(part)] |= part
+        if row + len(zeros) == n:
+            self._write(name, 0, self._zero_words.pop(name))
+
+    def _write_side_files(self, source: Checkpoint, provenance: dict[str, str]) -> None:
+        root = source.path if source.path.is_dir() else source.path.parent
+        card = None
+        for file in source.side_files:
+            name = str(file.relative_to(root))
+            if name == "README.md":
+                card = file.read_bytes()
+            elif name not in ("config.json", INDEX, MANIFEST):
+                with target_errors(self._output.target):
+                    shutil.copyfile(file, self._output.path(name))
+        summary = (
+            f"Weights quantized to {provenance.get('scheme', 'integers')} with arrowquant_gpu, in the format "
+            f"pack-quantized of compressed-tensors. What was done to each tensor is in `{MANIFEST}`."
+        )
+        self._write_text("README.md", model_card(card, provenance, summary))
+
+    def _write_json(self, name: str, value: object) -> None:
+        self._write_text(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def _write_text(self, name: str, data: bytes) -> None:
+        with target_errors(self._output.target, len(data)):
+            self._output.path(name).write_bytes(data)
+
+    def _config_of(self, entries: Sequence[Entry], provenance: dict[str, str]) -> dict[str, Any]:
+        scheme = next(e.scheme for e in entries if e.scheme is not None)
+        weights = {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": scheme.granularity,
+            "group_size": scheme.group_size,
+            "dynamic": False,
+        }
+        group = {
+            "targets": ["Linear"],
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            "weights": weights,
+        }
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ignore_list(entries, self._config),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+        return {**self._config, "quantization_config": quantization, RECORD: dict(provenance)}
+
+
+def ignore_list(entries: Sequence[Entry], config: Mapping[str, Any]) -> list[str]:
+    """Names of the modules that stay in float: the readers build the packed layout for every other Linear.
+
+    Names of modules that are not linear do no harm, so a matrix is listed unless it is an embedding for certain.
+    """
+    ignored: dict[str, None] = {}
+    for entry in entries:
+        name = entry.info.name
+        if entry.scheme is not None or len(entry.info.shape) < 2:
+            continue
+        experts = re.match(r"(.*\bexperts)\.[^.\d][^.]*(?:\.weight)?$", name)
+        if experts and len(entry.info.shape) == 3:
+            ignored[experts[1]] = None
+        elif name.endswith(".weight") and len(entry.info.shape) == 2 and not _EMBEDDING.search(name):
+            ignored[_module(entry)] = None
+    quantized = [_module(e) for e in entries if e.scheme is not None]
+    is_base = all(name.endswith("Model") for name in config.get("architectures") or ())
+    has_head = any(_HEAD.search(e.info.name) for e in entries)
+    if not is_base and not has_head and not any(re.match(_TIED_HEAD[3:], name) for name in quantized):
+        ignored[_TIED_HEAD] = None
+    return list(ignored)
+
+
+def _module(entry: Entry) -> str:
+    return entry.info.name.removesuffix(".weight")
+
+
+def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) * DTYPES[dtype].bits // 8)
