@@ -31,7 +31,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"arrow1", f"an Arrow file; {DEQUANTIZE}"),
     (b"par1", f"a Parquet file; {DEQUANTIZE}"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b'{"', "a JSON text, not weights"),
+    *((b"{" + c, "a JSON text, not weights; give the model directory") for c in (b'"', b"\n", b"\r", b" ", b"}")),
 )
 
 # Weights in formats that are not read, by file name.
