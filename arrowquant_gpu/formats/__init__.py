@@ -100,13 +100,16 @@ class Sink(Protocol):
 class QuantizedCheckpoint(Protocol):
     """A readable quantized checkpoint: what `dequantize` and `verify` read, whatever format it was written in.
 
-    `entries` holds every tensor of the original model under its original name, shape and dtype.
+    `entries` holds every tensor of the original model under its original name, shape and dtype. `metadata` and
+    `config` are the original's; `provenance` says how it was quantized.
     """
 
     path: Path
     format: str
     entries: dict[str, Entry]
+    metadata: dict[str, str]
     config: dict[str, Any] | None
+    provenance: dict[str, str]
     side_files: tuple[Path, ...]
 
     def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:

@@ -1,0 +1,97 @@
+"""Any quantized checkpoint: opened by what it is, and read in pieces of bounded size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..errors import SourceError
+from ..schemes import rows_and_length
+from ..tensor import QuantizedTensor
+from . import QuantizedCheckpoint
+from .arrow_ipc import ArrowCheckpoint
+from .compressed_tensors import CompressedTensorsCheckpoint
+from .parquet import ParquetCheckpoint
+from .recognise import by_first_bytes
+
+# Weights of one piece: 4 MiB as float32, which fits a cache and keeps every core busy.
+PIECE_WEIGHTS = 1 << 20
+
+READ = "what can be read is a compressed-tensors directory, or a Parquet or Arrow file that arrowquant wrote"
+
+
+def open_quantized(path: str | Path) -> QuantizedCheckpoint:
+    """Open a quantized checkpoint of any format that this package writes; only headers are read.
+
+    A directory is compressed-tensors, and a file is what its first bytes say. The result refers to the files, which
+    must not change while it is in use.
+
+    Raises SourceError for anything else, saying what it is.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return CompressedTensorsCheckpoint(path)
+    try:
+        with path.open("rb") as f:
+            head = f.read(64)
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror or e}") from e
+    if head.startswith(b"PAR1"):
+        return ParquetCheckpoint(path)
+    if head.startswith(b"ARROW1"):
+        return ArrowCheckpoint(path)
+    what = "a safetensors file" if head[8:9] == b"{" else by_first_bytes(head) or "not known by its first bytes"
+    raise SourceError(f"{path} is no quantized checkpoint but {what}; {READ}")
+
+
+def pieces(
+    checkpoint: QuantizedCheckpoint, name: str, n_weights: int = PIECE_WEIGHTS
+) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
+    """A tensor in order, in pieces of about `n_weights`: (index of the first element, the piece).
+
+    A piece of a quantized tensor is [rows, n]: whole rows, or a part of one row that is longer. A piece of a copied
+    tensor is a flat array, of uint8 for elements of less than one byte. Pieces are views of the checkpoint's blocks.
+    """
+    done = 0
+    for _, block in checkpoint.blocks(name):
+        if isinstance(block, QuantizedTensor):
+            for piece in _cut(block, n_weights):
+                yield done, piece
+                done += math.prod(piece.shape)
+        else:
+            flat = block.reshape(-1)
+            for start in range(0, flat.size, n_weights):
+                yield done + start, flat[start : start + n_weights]
+            done += flat.size
+
+
+def _cut(q: QuantizedTensor, n_weights: int) -> Iterator[QuantizedTensor]:
+    rows, length = rows_and_length(q.shape)
+    step = max(1, n_weights // max(1, length))
+    for row in range(0, rows, step):
+        part = slice(row, min(row + step, rows))
+        scales, zeros = q.scales, q.zeros
+        if q.scheme.granularity != "tensor":
+            scales, zeros = scales[part], None if zeros is None else zeros[part]
+        whole = QuantizedTensor(q.packed[part], scales, zeros, (part.stop - row, length), q.scheme, q.dtype)
+        if length <= n_weights:
+            yield whole
+        else:
+            yield from _cut_row(whole, n_weights)
+
+
+def _cut_row(q: QuantizedTensor, n_weights: int) -> Iterator[QuantizedTensor]:
+    """One long row in parts that begin with a whole byte and a whole group."""
+    length, bits, group = q.shape[1], q.scheme.bits, q.scheme.group_size
+    unit = math.lcm(8, group or 1)
+    step = max(unit, n_weights // unit * unit)
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        packed = q.packed[:, start * bits // 8 : -(-stop * bits // 8)]
+        groups = slice(None) if group is None else slice(start // group, -(-stop // group))
+        zeros = None if q.zeros is None else q.zeros[:, groups]
+        yield QuantizedTensor(packed, q.scales[:, groups], zeros, (1, stop - start), q.scheme, q.dtype)

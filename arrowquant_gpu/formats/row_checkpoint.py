@@ -1,0 +1,191 @@
+"""`RowCheckpoint`: reads a quantized model from the rows of one file; Parquet and Arrow IPC say how to get at a row."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .. import arrow_columns
+from ..dtypes import DTYPES
+from ..errors import ArrowQuantError, SourceError
+from ..schemes import Scheme, rows_and_length
+from ..tensor import QuantizedTensor
+from . import Entry, TensorInfo
+from .v2_extended import (
+    COLUMNS,
+    CONFIG_KEY,
+    METADATA_KEY,
+    PLACE,
+    PROVENANCE_KEY,
+    VERSION_KEY,
+    copied_row_bytes,
+    copied_shape,
+    row_hash,
+)
+
+# Read of all rows when a file is opened: what there is, and nothing that is large.
+_INDEX = pa.schema([COLUMNS.field(name) for name in (*PLACE, "num_params", "reason")])
+# Alike in all rows of one tensor.
+_SHARED = ("shape", "dtype", "scheme", "n_chunks", "num_params", "reason")
+
+
+class RowCheckpoint(abc.ABC):
+    """A QuantizedCheckpoint in one file of rows. Its small columns are checked as a whole when it is opened.
+
+    `entries` are in the order of the file, which is also their infos' `file`; the infos' `offset` is 0.
+    `provenance` says by what and from what the file was made; `config` and `metadata` are the source's. Columns that
+    are not known are ignored.
+
+    Raises SourceError, naming file and tensor, for a file that is missing, truncated, not of this kind, or that
+    contradicts itself. `blocks` raises it for a row whose content has not the hash in its column sha256.
+    """
+
+    format: str
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.side_files: tuple[Path, ...] = ()
+        with self._errors():
+            schema = self._open()
+            self._check_schema(schema)
+            metadata = schema.metadata
+            self.provenance: dict[str, str] = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+            self.metadata: dict[str, str] = json.loads(metadata.get(METADATA_KEY, "{}"))
+            self.config: dict[str, Any] | None = json.loads(metadata.get(CONFIG_KEY, "null"))
+            self.entries: dict[str, Entry] = {}
+            self._rows: dict[str, list[int]] = {}
+            self._read_index(self._columns(_INDEX.names).cast(_INDEX))
+
+    @abc.abstractmethod
+    def _open(self) -> pa.Schema:
+        """Open the file and return its schema, with the file's metadata."""
+
+    @abc.abstractmethod
+    def _columns(self, names: list[str]) -> pa.Table:
+        """These columns of all rows."""
+
+    @abc.abstractmethod
+    def _row(self, i: int) -> pa.RecordBatch:
+        """Row i of the file, with all columns."""
+
+    def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
+        """The tensor as it is cut in the file: (first row, rows as QuantizedTensor or as array [rows, length]).
+
+        A copied row that is larger than a chunk comes in several pieces [1, n] with the same first row, and elements
+        of less than one byte come as uint8. The arrays are read-only views of a row of the file and keep it alive.
+        """
+        entry = self.entries[name]
+        total = rows_and_length(entry.info.shape)[0] if entry.scheme else entry.info.n_bytes
+        done = 0
+        for i in self._rows[name]:
+            with self._errors(name):
+                batch = self._row(i)
+                if row_hash(batch) != batch["sha256"][0].as_py():
+                    raise self._error(name, f"row {i} is damaged: its content has not the hash in its column sha256")
+                block = _quantized(batch) if entry.scheme else _copied(batch, entry.info)
+                first = done if entry.scheme else done // max(1, copied_row_bytes(entry.info))
+                if batch["row_offset"][0].as_py() != first:
+                    raise self._error(name, f"row {i} does not begin where the one before it ends, at {first}")
+                done += block.nbytes if isinstance(block, np.ndarray) else block.packed.shape[0]
+            yield first, block
+        if done != total:
+            raise self._error(name, f"{done} of its {total} {'rows' if entry.scheme else 'bytes'} are there")
+
+    def _check_schema(self, schema: pa.Schema) -> None:
+        version = (schema.metadata or {}).get(VERSION_KEY)
+        missing = [name for name in COLUMNS.names if name not in schema.names]
+        if version is None or missing:
+            what = f"columns {', '.join(missing)}" if missing else f"{VERSION_KEY.decode()} in its metadata"
+            raise SourceError(f"{self.path}: not a quantized model of arrowquant; there is no {what}")
+        if version != arrow_columns.VERSION.encode():
+            raise SourceError(
+                f"{self.path}: its columns are of version {version.decode()}, and this package reads version "
+                f"{arrow_columns.VERSION}. Update arrowquant_gpu."
+            )
+
+    def _read_index(self, index: pa.Table) -> None:
+        """Fill `entries` and `_rows`: the rows of a tensor follow each other, all of them are there, and agree."""
+        shared: dict[str, tuple[Any, ...]] = {}
+        last = None
+        for i, row in enumerate(index.to_pylist()):
+            name = row["layer_name"]
+            if name is None or row["chunk"] is None or row["n_chunks"] is None:
+                raise SourceError(f"{self.path}: row {i} has no layer_name, chunk or n_chunks")
+            values = tuple(row[key] for key in _SHARED)
+            if name not in shared:
+                self._check_complete(last)
+                shared[name], last = values, name
+                self._rows[name] = []
+                self.entries[name] = self._entry(name, row)
+            elif name != last:
+                raise self._error(name, f"row {i} holds this name a second time")
+            if values != shared[name]:
+                raise self._error(name, f"row {i} differs from the first one of this tensor in {', '.join(_SHARED)}")
+            if row["chunk"] != len(self._rows[name]):
+                raise self._error(name, f"row {i} is part {row['chunk']}, where part {len(self._rows[name])} must be")
+            self._rows[name].append(i)
+            if len(self._rows[name]) > row["n_chunks"]:
+                raise self._error(name, f"there are more than {row['n_chunks']} parts")
+            self._n_chunks = row["n_chunks"]
+        self._check_complete(last)
+
+    def _check_complete(self, name: str | None) -> None:
+        if name is not None and len(self._rows[name]) != self._n_chunks:
+            raise self._error(name, f"{len(self._rows[name])} of its {self._n_chunks} parts are there")
+
+    def _entry(self, name: str, row: dict[str, Any]) -> Entry:
+        dtype, shape = row["dtype"], tuple(row["shape"] or ())
+        if dtype not in DTYPES:
+            raise self._error(name, f"dtype {dtype!r} is not known")
+        if row["shape"] is None or row["num_params"] != math.prod(shape):
+            raise self._error(name, f"shape {row['shape']} and num_params {row['num_params']} disagree")
+        with self._errors(name):
+            scheme = None if row["scheme"] is None else Scheme.parse(row["scheme"])
+        n_bytes = -(-math.prod(shape) * DTYPES[dtype].bits // 8)
+        return Entry(TensorInfo(name, dtype, shape, self.path, 0, n_bytes), scheme, row["reason"] or "")
+
+    def _error(self, name: str, what: str) -> SourceError:
+        return SourceError(f"{self.path}, tensor {name}: {what}. Copy the file again, or quantize again.")
+
+    @contextlib.contextmanager
+    def _errors(self, name: str | None = None) -> Iterator[None]:
+        """Errors of reading and of contradicting values as a SourceError that names the file and the tensor."""
+        try:
+            yield
+        except SourceError:
+            raise
+        except (ArrowQuantError, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as e:
+            where = f"{self.path}" if name is None else f"{self.path}, tensor {name}"
+            raise SourceError(f"{where}: cannot be read as {self.format}: {e}") from e
+
+
+def _quantized(batch: pa.RecordBatch) -> QuantizedTensor:
+    """The row as a QuantizedTensor [rows, length]."""
+    _, q = arrow_columns.read(batch)
+    if not isinstance(q, QuantizedTensor):
+        raise SourceError("a row without a scheme")
+    shape = (q.packed.shape[0], rows_and_length(q.shape)[1])
+    return QuantizedTensor(q.packed, q.scales, q.zeros, shape, q.scheme, q.dtype)
+
+
+def _copied(batch: pa.RecordBatch, info: TensorInfo) -> NDArray[Any]:
+    """The row as an array [rows, length], or [1, n] of a piece of one row."""
+    buffer = batch["data"][0].as_buffer()
+    data = np.frombuffer(buffer, np.uint8) if buffer.size else np.empty(0, np.uint8)
+    dtype, row_bytes = DTYPES[info.dtype].numpy, copied_row_bytes(info)
+    if batch["n_chunks"][0].as_py() == 1:
+        shape = copied_shape(info)
+    elif data.size % row_bytes == 0:
+        shape = (data.size // row_bytes, copied_shape(info)[1])
+    else:
+        shape = (1, -1)
+    return data.view(dtype or np.uint8).reshape(shape)

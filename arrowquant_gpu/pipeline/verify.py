@@ -1,0 +1,319 @@
+"""`verify_checkpoint`: a quantized checkpoint against the float one it was made from, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from .. import ops
+from ..backends import Backend, get_backend
+from ..errors import InputError, VerifyError
+from ..formats import Checkpoint, Entry, QuantizedCheckpoint, TensorInfo
+from ..formats.checkpoint import open_checkpoint
+from ..formats.quantized import open_quantized, pieces
+from ..reference import TINY, to_float32
+from ..schemes import Scheme, rows_and_length
+from ..tensor import QuantizedTensor
+from .engine import Progress
+from .figures import Figures
+
+# The least cosine accepted by default: (bits, granularity) -> cosine. docs/verify.md has the measurements.
+MIN_COSINE: Mapping[int, Mapping[str, float]] = {
+    2: {"group": 0.75, "channel": 0.60, "tensor": 0.30},
+    3: {"group": 0.93, "channel": 0.88, "tensor": 0.70},
+    4: {"group": 0.98, "channel": 0.96, "tensor": 0.90},
+    5: {"group": 0.995, "channel": 0.99, "tensor": 0.97},
+    6: {"group": 0.998, "channel": 0.997, "tensor": 0.99},
+    8: {"group": 0.9995, "channel": 0.9995, "tensor": 0.999},
+}
+
+# Unit roundoff of each scale type: how far a stored scale may be from the exact one, relatively.
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# For the float32 roundings of quotient, zero point and product, in steps; their sum is under 1e-4.
+SLACK = 1e-3
+
+COLUMNS = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("action", pa.string(), nullable=False),
+        pa.field("scheme", pa.string()),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("shape", pa.list_(pa.int64()), nullable=False),
+        pa.field("cosine", pa.float64()),
+        pa.field("min_cosine", pa.float64()),
+        pa.field("sqnr_db", pa.float64()),
+        pa.field("max_error", pa.float64()),
+        pa.field("max_steps", pa.float64()),
+        pa.field("problem", pa.string()),
+    ]
+)
+
+
+class Finding(NamedTuple):
+    """What was found of one tensor; the fields are the columns of a report's table."""
+
+    name: str
+    action: str
+    scheme: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    cosine: float | None = None
+    min_cosine: float | None = None
+    sqnr_db: float | None = None
+    max_error: float | None = None
+    max_steps: float | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The result of `verify_checkpoint`: `findings`, worst first, of every tensor of either checkpoint.
+
+    path, against: the two checkpoints
+    findings: those with a problem first, then by cosine from the lowest; `action` is quantized, kept, missing or
+        extra. The figures of a tensor that is not quantized are null
+    seconds: what it took
+    """
+
+    path: Path
+    against: Path
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    @property
+    def table(self) -> pa.Table:
+        """The findings as Arrow, with the columns of `COLUMNS`."""
+        return pa.Table.from_pylist([f._asdict() for f in self.findings], COLUMNS)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the tensors that have a problem."""
+        return tuple(f.name for f in self.findings if f.problem is not None)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Counts of tensors, the worst cosine and its tensor, seconds."""
+        cosines = [(f.cosine, f.name) for f in self.findings if f.cosine is not None]
+        worst = min(cosines, key=lambda c: (not math.isnan(c[0]), c[0]), default=(None, None))
+        return {
+            "n_tensors": len(self.findings),
+            "n_quantized": len(cosines),
+            "n_failed": len(self.failed),
+            "worst_cosine": worst[0],
+            "worst_tensor": worst[1],
+            "seconds": self.seconds,
+        }
+
+    @property
+    def sentence(self) -> str:
+        """The result in words, with the first problems."""
+        if not self.failed:
+            return f"{self.path}: all {len(self.findings)} tensors agree with {self.against}"
+        problems = [f"{f.name}: {f.problem}" for f in self.findings if f.problem is not None]
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        return (
+            f"{self.path}: {len(problems)} of {len(self.findings)} tensors do not agree with {self.against}. "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+
+    def check(self) -> None:
+        """Raise VerifyError, with the sentence, where a tensor has a problem."""
+        if self.failed:
+            raise VerifyError(self.sentence)
+
+
+def verify_checkpoint(
+    dst: str | Path,
+    against: str | Path,
+    *,
+    min_cosine: float | None = None,
+    within_step: bool = True,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compare the quantized checkpoint `dst` with the float checkpoint `against` it was made from.
+
+    min_cosine: the least cosine of a quantized tensor; by default `MIN_COSINE` of its scheme
+    within_step: every weight must also be within half a step of its group, and what the stored scale is off, as
+        min-max quantization promises. This finds a single wrong scale or code, which no cosine shows. Turn it off for
+        checkpoints that were quantized in another way
+    device, threads: as in `quantize`; the figures do not depend on them
+    progress: called with (bytes done, bytes in all, tensor name) of `against`
+
+    A quantized tensor is decoded to float32 and compared in float64, in one fixed order: cosine, SQNR (decibels),
+    largest absolute error, and largest error in steps (a step is the scale of a weight's group). A kept tensor must be
+    the original one bit for bit. Missing, extra and renamed tensors, and other dtypes or shapes, are problems.
+    Memory: a few pieces of 4 MiB beside what reading takes.
+
+        >>> import tempfile, safetensors.numpy
+        >>> from arrowquant_gpu import quantize_checkpoint
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> weights = {"fc.weight": np.eye(64, dtype=np.float32), "fc.bias": np.ones(64, np.float32)}
+        >>> _ = safetensors.numpy.save_file(weights, folder / "m.safetensors")
+        >>> _ = quantize_checkpoint(folder / "m.safetensors", folder / "m.parquet", "int8_g32", device="cpu")
+        >>> report = verify_checkpoint(folder / "m.parquet", folder / "m.safetensors", device="cpu")
+        >>> [(f.name, f.action, f.problem) for f in report.findings]
+        [('fc.weight', 'quantized', None), ('fc.bias', 'kept', None)]
+        >>> report.check()
+
+    Raises SourceError for a checkpoint that cannot be read, InputError (min_cosine) and DeviceError. What the
+    comparison finds is in the report; `VerifyReport.check` raises it.
+    """
+    start = time.perf_counter()
+    if min_cosine is not None and not -1 <= min_cosine <= 1:
+        raise InputError(f"min_cosine {min_cosine}: a cosine is from -1 to 1")
+    quantized, original = open_quantized(dst), open_checkpoint(against)
+    backend = get_backend(device, threads)
+    done, total = 0, sum(info.n_bytes for info in original.tensors.values())
+    findings = list(_unmatched(quantized.entries, original.tensors))
+    for name, entry in quantized.entries.items():
+        info = original.tensors.get(name)
+        if info is None:
+            continue
+        found = _differs(entry, info)
+        if found is None:
+            compare = _Compare(quantized, original, entry, backend)
+            found = compare.kept() if entry.scheme is None else compare.quantized(entry.scheme, min_cosine, within_step)
+        findings.append(found)
+        done += info.n_bytes
+        if progress is not None:
+            progress(done, total, name)
+    findings.sort(key=_badness)
+    return VerifyReport(quantized.path, original.path, tuple(findings), time.perf_counter() - start)
+
+
+def _badness(f: Finding) -> tuple[Any, ...]:
+    cosine = 2.0 if f.cosine is None else f.cosine
+    return f.problem is None, not math.isnan(cosine), cosine, f.name
+
+
+def _finding(action: str, info: TensorInfo, scheme: Scheme | None = None, problem: str | None = None) -> Finding:
+    return Finding(info.name, action, None if scheme is None else scheme.id, info.dtype, info.shape, problem=problem)
+
+
+def _unmatched(entries: Mapping[str, Entry], tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
+    """Tensors that only one side has. Where both sides lack one of the same kind, the names may have changed."""
+    missing = [info for name, info in tensors.items() if name not in entries]
+    extra = [entry for name, entry in entries.items() if name not in tensors]
+    for info in missing:
+        alike = [e.info.name for e in extra if _kind(e.info) == _kind(info)]
+        yield _finding("missing", info, None, f"it is missing{_renamed(alike)}")
+    for entry in extra:
+        alike = [i.name for i in missing if _kind(i) == _kind(entry.info)]
+        yield _finding("extra", entry.info, entry.scheme, f"the original has no such tensor{_renamed(alike)}")
+
+
+def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
+    return info.dtype, info.shape
+
+
+def _renamed(alike: Iterable[str]) -> str:
+    names = sorted(alike)
+    return f"; {names[0]} has its dtype and shape, was it renamed?" if names else ""
+
+
+def _differs(entry: Entry, info: TensorInfo) -> Finding | None:
+    """A finding where dtype or shape are not the original's."""
+    for what, got, want in (("dtype", entry.info.dtype, info.dtype), ("shape", entry.info.shape, info.shape)):
+        if got != want:
+            action = "kept" if entry.scheme is None else "quantized"
+            problem = f"its {what} is {_text(got)}, the original's {_text(want)}"
+            return _finding(action, entry.info, entry.scheme, problem)
+    return None
+
+
+def _text(value: str | tuple[int, ...]) -> str:
+    return value if isinstance(value, str) else str(list(value))
+
+
+@dataclass(frozen=True, slots=True)
+class _Compare:
+    """One tensor of both checkpoints, alike in dtype and shape."""
+
+    checkpoint: QuantizedCheckpoint
+    original: Checkpoint
+    entry: Entry
+    backend: Backend
+
+    def kept(self) -> Finding:
+        """Bit for bit."""
+        name = self.entry.info.name
+        want = self.original.view(name).reshape(-1)
+        n_differ, first = 0, -1
+        for at, piece in pieces(self.checkpoint, name):
+            assert not isinstance(piece, QuantizedTensor)
+            got = piece.view(np.uint8)
+            differ = np.flatnonzero(got != want[at : at + piece.size].view(np.uint8))
+            if differ.size and first < 0:
+                first = at + int(differ[0]) // piece.itemsize
+            n_differ += differ.size
+        problem = None if first < 0 else f"a copy with {n_differ} other bytes, the first in element {first}"
+        return _finding("kept", self.entry.info, problem=problem)
+
+    def quantized(self, scheme: Scheme, min_cosine: float | None, within_step: bool) -> Finding:
+        """Cosine, SQNR, largest error, and the largest error in steps."""
+        name = self.entry.info.name
+        want = self.original.view(name).reshape(-1)
+        figures, steps, over = Figures(), 0.0, -1
+        with np.errstate(all="ignore"):
+            for at, piece in pieces(self.checkpoint, name):
+                assert isinstance(piece, QuantizedTensor)
+                decoded = np.empty(piece.shape, np.float32)
+                ops.dequantize_rows(
+                    piece.packed, piece.scales, piece.zeros, piece.scheme, decoded, backend=self.backend
+                )
+                x = want[at : at + decoded.size].reshape(decoded.shape)
+                figures.add(x, decoded)
+                in_steps, excess = steps_off(x, decoded, piece)
+                steps = max(steps, float(in_steps.max(initial=0)))
+                bad = np.flatnonzero(~(excess <= 0))
+                if bad.size and over < 0:
+                    over = at + int(bad[0]) // in_steps.shape[1] * piece.shape[1]
+        limit = MIN_COSINE[scheme.bits][scheme.granularity] if min_cosine is None else min_cosine
+        problem = None
+        if not figures.cosine >= limit:
+            problem = f"its cosine {figures.cosine:.6f} is under {limit}"
+        elif within_step and over >= 0:
+            row = over // rows_and_length(self.entry.info.shape)[1]
+            problem = f"row {row} has a weight further off than rounding explains (largest: {steps:.3g} steps)"
+        return _finding("quantized", self.entry.info, scheme)._replace(
+            cosine=figures.cosine,
+            min_cosine=limit,
+            sqnr_db=figures.sqnr_db if math.isfinite(figures.max_error) else -math.inf,
+            max_error=figures.max_error,
+            max_steps=steps,
+            problem=problem,
+        )
+
+
+def steps_off(
+    original: NDArray[Any], decoded: NDArray[np.float32], q: QuantizedTensor
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Largest error of each group in steps (its scale), and by how much that is over what min-max allows.
+
+    A code is at most half a step off, and clamping adds what the stored scale is off over the group's range of k
+    steps (k = levels / 2 symmetric, levels asymmetric): max(u, tiny / 2 scale) * k, with u the scale type's unit
+    roundoff and tiny its smallest value, the spacing of subnormal scales. Both are [rows, groups]; (1, 1) for
+    granularity tensor.
+    """
+    error = np.abs(to_float32(original) - decoded)
+    scheme, scales = q.scheme, q.scales.astype(np.float64)
+    if error.size == 0:
+        return np.zeros(scales.shape), np.zeros(scales.shape)
+    if scheme.granularity == "tensor":
+        largest = error.max(keepdims=True)
+    else:
+        largest = np.maximum.reduceat(error, np.arange(0, error.shape[1], scheme.group_length(error.shape[1])), axis=1)
+    in_steps = largest / scales
+    k = scheme.n_levels / 2 if scheme.symmetric else scheme.n_levels
+    inexact = np.maximum(ROUNDOFF[scheme.scale_dtype], TINY[scheme.scale_dtype] / (2 * scales))
+    return in_steps, in_steps - (0.5 + SLACK + k * inexact)
