@@ -9,13 +9,13 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, KERNEL_DTYPES
-from ..errors import FormatError
+from ..errors import FormatError, SourceError
 from ..schemes import Scheme
 from . import Checkpoint, Entry, TensorInfo, safetensors
 from .compressed_tensors import BITS, INDEX, RECORD, n_words, stored_tensors
@@ -174,15 +174,19 @@ class CompressedTensorsSink:
         for file in source.side_files:
             name = str(file.relative_to(root))
             if name == "README.md":
-                card = file.read_bytes()
+                with _open(file) as f:
+                    card = f.read()
             elif name not in ("config.json", INDEX, MANIFEST):
-                with target_errors(self._output.target):
-                    shutil.copyfile(file, self._output.path(name))
+                self._copy(file, name)
         summary = (
             f"Weights quantized to {provenance.get('scheme', 'integers')} with arrowquant_gpu, in the format "
             f"pack-quantized of compressed-tensors. What was done to each tensor is in `{MANIFEST}`."
         )
         self._write_text("README.md", model_card(card, provenance, summary))
+
+    def _copy(self, file: Path, name: str) -> None:
+        with _open(file) as source, target_errors(self._output.target), self._output.path(name).open("xb") as target:
+            shutil.copyfileobj(source, target)
 
     def _write_json(self, name: str, value: object) -> None:
         self._write_text(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
@@ -241,6 +245,13 @@ def ignore_list(entries: Sequence[Entry], config: Mapping[str, Any]) -> list[str
     if not is_base and not has_head and not any(re.match(_TIED_HEAD[3:], name) for name in quantized):
         ignored[_TIED_HEAD] = None
     return list(ignored)
+
+
+def _open(file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except OSError as e:
+        raise SourceError(f"{file}: cannot be read: {e.strerror}") from e
 
 
 def _module(entry: Entry) -> str:

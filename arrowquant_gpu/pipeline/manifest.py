@@ -60,7 +60,8 @@ class Manifest:
     def summary(self) -> dict[str, Any]:
         """The plan's totals, seconds, and where validated the worst tensor by cosine."""
         summary = {**self.plan.summary, "seconds": self.seconds}
-        cosines = [(c, n) for c, n in zip(*(self.table[k].to_pylist() for k in ("cosine", "name")), strict=True) if c]
+        columns = (self.table[key].to_pylist() for key in ("cosine", "name"))
+        cosines = [(cosine, name) for cosine, name in zip(*columns, strict=True) if cosine is not None]
         if cosines:
             summary["worst_cosine"], summary["worst_tensor"] = min(cosines)
         return summary

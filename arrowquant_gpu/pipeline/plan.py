@@ -25,7 +25,8 @@ COLUMNS = pa.schema(
         pa.field("reason", pa.string(), nullable=False),
         pa.field("scheme", pa.string()),
         pa.field("dtype", pa.string(), nullable=False),
-        pa.field("shape", pa.list_(pa.int64()), nullable=False),
+        # "element" is what Parquet calls it, so that a manifest that is read back has this very schema.
+        pa.field("shape", pa.list_(pa.field("element", pa.int64())), nullable=False),
         pa.field("bytes_before", pa.int64(), nullable=False),
         pa.field("bytes_after", pa.int64(), nullable=False),
         pa.field("bits_per_weight", pa.float64()),
@@ -121,7 +122,8 @@ def make_plan(
             raise FormatError(_none_carried(sink.format, scheme, refused))
         raise PolicyError(_none_wanted(entries))
     sizes = tuple(sink.n_bytes(e) for e in entries)
-    return Plan(sink.format, scheme, tuple(entries), sizes, tuple(_unequal_fused(entries)))
+    warnings = [*_unequal_fused(entries), *_left_out(source)]
+    return Plan(sink.format, scheme, tuple(entries), sizes, tuple(warnings))
 
 
 def in_file_order(source: Checkpoint) -> list[TensorInfo]:
@@ -145,6 +147,14 @@ def _none_wanted(entries: list[Entry]) -> str:
         f"nothing to quantize: all {len(entries)} tensors are kept. Reasons: {listed}. "
         f"Choose tensors by name with include (--include REGEX)."
     )
+
+
+def _left_out(source: Checkpoint) -> list[str]:
+    """A warning that lists the files beside the weights that will not be in the output."""
+    if not source.left_out:
+        return []
+    listed = "; ".join(f"{file.name} ({reason})" for file, reason in source.left_out)
+    return [f"{len(source.left_out)} files or folders beside the weights are left out: {listed}."]
 
 
 def _unequal_fused(entries: list[Entry]) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +42,9 @@ MIN_COSINE: Mapping[int, Mapping[str, float]] = {
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # For the float32 roundings of quotient, zero point and product, in steps; their sum is under 1e-4.
 SLACK = 1e-3
+
+# Each holds a row of the file and a few pieces.
+MAX_WORKERS = 4
 
 COLUMNS = pa.schema(
     [
@@ -152,7 +158,7 @@ def verify_checkpoint(
     A quantized tensor is decoded to float32 and compared in float64, in one fixed order: cosine, SQNR (decibels),
     largest absolute error, and largest error in steps (a step is the scale of a weight's group). A kept tensor must be
     the original one bit for bit. Missing, extra and renamed tensors, and other dtypes or shapes, are problems.
-    Memory: a few pieces of 4 MiB beside what reading takes.
+    Memory: four rows of the file (16 MiB), and a few pieces of 4 MiB for each, however large the model.
 
         >>> import tempfile, safetensors.numpy
         >>> from arrowquant_gpu import quantize_checkpoint
@@ -172,28 +178,28 @@ def verify_checkpoint(
     if min_cosine is not None and not -1 <= min_cosine <= 1:
         raise InputError(f"min_cosine {min_cosine}: a cosine is from -1 to 1")
     quantized, original = open_quantized(dst), open_checkpoint(against)
-    backend = get_backend(device, threads)
     done, total = 0, sum(info.n_bytes for info in original.tensors.values())
     findings = list(_unmatched(quantized.entries, original.tensors))
-    for name, entry in quantized.entries.items():
-        info = original.tensors.get(name)
-        if info is None:
-            continue
-        found = _differs(entry, info)
-        if found is None:
-            compare = _Compare(quantized, original, entry, backend)
-            found = compare.kept() if entry.scheme is None else compare.quantized(entry.scheme, min_cosine, within_step)
-        findings.append(found)
-        done += info.n_bytes
-        if progress is not None:
-            progress(done, total, name)
+    common = [name for name in quantized.entries if name in original.tensors]
+    compare = _Compare(quantized, original, get_backend(device, threads), min_cosine, within_step, threading.Lock())
+    # Tensors side by side, each in one thread and in its own order: the figures do not depend on the threads.
+    with ThreadPoolExecutor(min(MAX_WORKERS, threads or os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+        try:
+            for name, found in zip(common, pool.map(compare.tensor, common), strict=True):
+                findings.append(found)
+                done += original.tensors[name].n_bytes
+                if progress is not None:
+                    progress(done, total, name)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     findings.sort(key=_badness)
     return VerifyReport(quantized.path, original.path, tuple(findings), time.perf_counter() - start)
 
 
-def _badness(f: Finding) -> tuple[Any, ...]:
+def _badness(f: Finding) -> tuple[bool, float, str]:
     cosine = 2.0 if f.cosine is None else f.cosine
-    return f.problem is None, not math.isnan(cosine), cosine, f.name
+    return f.problem is None, -2.0 if math.isnan(cosine) else cosine, f.name
 
 
 def _finding(action: str, info: TensorInfo, scheme: Scheme | None = None, problem: str | None = None) -> Finding:
@@ -221,56 +227,57 @@ def _renamed(alike: Iterable[str]) -> str:
     return f"; {names[0]} has its dtype and shape, was it renamed?" if names else ""
 
 
-def _differs(entry: Entry, info: TensorInfo) -> Finding | None:
-    """A finding where dtype or shape are not the original's."""
-    for what, got, want in (("dtype", entry.info.dtype, info.dtype), ("shape", entry.info.shape, info.shape)):
-        if got != want:
-            action = "kept" if entry.scheme is None else "quantized"
-            problem = f"its {what} is {_text(got)}, the original's {_text(want)}"
-            return _finding(action, entry.info, entry.scheme, problem)
-    return None
-
-
 def _text(value: str | tuple[int, ...]) -> str:
     return value if isinstance(value, str) else str(list(value))
 
 
 @dataclass(frozen=True, slots=True)
 class _Compare:
-    """One tensor of both checkpoints, alike in dtype and shape."""
+    """Two checkpoints and how they are compared. A backend computes for one thread at a time."""
 
     checkpoint: QuantizedCheckpoint
     original: Checkpoint
-    entry: Entry
     backend: Backend
+    min_cosine: float | None
+    within_step: bool
+    lock: threading.Lock
 
-    def kept(self) -> Finding:
+    def tensor(self, name: str) -> Finding:
+        """The finding for a tensor that both checkpoints have."""
+        entry, info = self.checkpoint.entries[name], self.original.tensors[name]
+        for what, got, want in (("dtype", entry.info.dtype, info.dtype), ("shape", entry.info.shape, info.shape)):
+            if got != want:
+                action = "kept" if entry.scheme is None else "quantized"
+                problem = f"its {what} is {_text(got)}, the original's {_text(want)}"
+                return _finding(action, entry.info, entry.scheme, problem)
+        return self._kept(entry) if entry.scheme is None else self._quantized(entry, entry.scheme)
+
+    def _kept(self, entry: Entry) -> Finding:
         """Bit for bit."""
-        name = self.entry.info.name
+        name = entry.info.name
         want = self.original.view(name).reshape(-1)
         n_differ, first = 0, -1
         for at, piece in pieces(self.checkpoint, name):
-            assert not isinstance(piece, QuantizedTensor)
-            got = piece.view(np.uint8)
-            differ = np.flatnonzero(got != want[at : at + piece.size].view(np.uint8))
+            assert isinstance(piece, np.ndarray)
+            differ = np.flatnonzero(piece.view(np.uint8) != want[at : at + piece.size].view(np.uint8))
             if differ.size and first < 0:
                 first = at + int(differ[0]) // piece.itemsize
             n_differ += differ.size
-        problem = None if first < 0 else f"a copy with {n_differ} other bytes, the first in element {first}"
-        return _finding("kept", self.entry.info, problem=problem)
+        problem = None if first < 0 else f"{n_differ} of its bytes are not the original's, the first in element {first}"
+        return _finding("kept", entry.info, None, problem)
 
-    def quantized(self, scheme: Scheme, min_cosine: float | None, within_step: bool) -> Finding:
-        """Cosine, SQNR, largest error, and the largest error in steps."""
-        name = self.entry.info.name
+    def _quantized(self, entry: Entry, scheme: Scheme) -> Finding:
+        """Cosine, SQNR, largest error, and largest error in steps."""
+        name = entry.info.name
         want = self.original.view(name).reshape(-1)
         figures, steps, over = Figures(), 0.0, -1
+        # Where something is not finite, the figures are not either, and that is a problem.
         with np.errstate(all="ignore"):
             for at, piece in pieces(self.checkpoint, name):
                 assert isinstance(piece, QuantizedTensor)
                 decoded = np.empty(piece.shape, np.float32)
-                ops.dequantize_rows(
-                    piece.packed, piece.scales, piece.zeros, piece.scheme, decoded, backend=self.backend
-                )
+                with self.lock:
+                    ops.dequantize_rows(piece.packed, piece.scales, piece.zeros, scheme, decoded, backend=self.backend)
                 x = want[at : at + decoded.size].reshape(decoded.shape)
                 figures.add(x, decoded)
                 in_steps, excess = steps_off(x, decoded, piece)
@@ -278,20 +285,19 @@ class _Compare:
                 bad = np.flatnonzero(~(excess <= 0))
                 if bad.size and over < 0:
                     over = at + int(bad[0]) // in_steps.shape[1] * piece.shape[1]
-        limit = MIN_COSINE[scheme.bits][scheme.granularity] if min_cosine is None else min_cosine
+        least = MIN_COSINE[scheme.bits][scheme.granularity] if self.min_cosine is None else self.min_cosine
         problem = None
-        if not figures.cosine >= limit:
-            problem = f"its cosine {figures.cosine:.6f} is under {limit}"
-        elif within_step and over >= 0:
-            row = over // rows_and_length(self.entry.info.shape)[1]
+        if not figures.cosine >= least:
+            problem = f"its cosine {figures.cosine:.6f} is under {least}"
+        elif self.within_step and over >= 0:
+            row = over // rows_and_length(entry.info.shape)[1]
             problem = f"row {row} has a weight further off than rounding explains (largest: {steps:.3g} steps)"
-        return _finding("quantized", self.entry.info, scheme)._replace(
+        return _finding("quantized", entry.info, scheme, problem)._replace(
             cosine=figures.cosine,
-            min_cosine=limit,
+            min_cosine=least,
             sqnr_db=figures.sqnr_db if math.isfinite(figures.max_error) else -math.inf,
             max_error=figures.max_error,
             max_steps=steps,
-            problem=problem,
         )
 
 
