@@ -18,7 +18,7 @@ import typer
 from . import __version__
 from .cli_progress import progress_bar
 from .cli_report import Report
-from .errors import ArrowQuantError, SchemeError, VerifyError
+from .errors import ArrowQuantError, SchemeError
 from .schemes import Scheme
 
 INTERRUPTED, TERMINATED, BROKEN_PIPE, BUG = 130, 143, 141, 70
@@ -97,29 +97,24 @@ def quantize(
     """
     with _run("quantize", json, quiet, verbose, debug) as report:
         from .backends import pick_device
+        from .formats.hub import resolve
         from .pipeline import quantize_checkpoint
 
-        chosen = _scheme(scheme, bits, group_size, asymmetric)
-        picked = pick_device(device)
-        with progress_bar("quantizing", shown=not quiet and not dry_run) as progress:
-            result = quantize_checkpoint(
-                src,
-                dst,
-                chosen,
-                format=format,
-                device=picked.name,
-                include=include or (),
-                ignore=ignore or (),
-                validate=validate,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                threads=threads,
-                progress=progress,
-            )
+        chosen, source = _scheme(scheme, bits, group_size, asymmetric), resolve(src)
+        options: dict[str, Any] = {
+            "format": format,
+            "include": include or (),
+            "ignore": ignore or (),
+            "overwrite": overwrite,
+        }
         if dry_run:
-            report.plan(result)
-        else:
-            report.quantized(result, src, dst, picked)
+            report.plan(quantize_checkpoint(source, dst, chosen, dry_run=True, **options))
+            return
+        picked = pick_device(device)
+        options |= {"device": picked.name, "threads": threads, "validate": validate}
+        with progress_bar("quantizing", shown=not quiet) as progress:
+            result = quantize_checkpoint(source, dst, chosen, progress=progress, **options)
+        report.quantized(result, src, dst, picked)
 
 
 @app.command(epilog="Example: arrowquant inspect model/")
@@ -132,15 +127,21 @@ def inspect(
 ) -> None:
     """List the tensors of a checkpoint, float or quantized, from its headers."""
     with _run("inspect", json, quiet, verbose, debug) as report:
-        from .pipeline.verify import inspect_checkpoint
+        from .cli_inspect import describe, open_any
+        from .formats.hub import resolve
 
-        report.inspected(inspect_checkpoint(src))
+        checkpoint = open_any(resolve(src))
+        report.inspected(checkpoint.path, *describe(checkpoint))
 
 
 @app.command(epilog="Example: arrowquant dequantize model-int4/ model-float/")
 def dequantize(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint that arrowquant wrote, in any format.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory or safetensors file to write.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16. [default: the original dtype of each]"),
+    ] = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     threads: Threads = None,
@@ -149,15 +150,22 @@ def dequantize(
     verbose: Verbose = 0,
     debug: Debug = False,
 ) -> None:
-    """Decode a quantized checkpoint back to float safetensors, in the original dtypes."""
+    """Decode a quantized checkpoint back to float safetensors. What was kept is copied bit for bit."""
     with _run("dequantize", json, quiet, verbose, debug) as report:
         from .backends import pick_device
+        from .formats.hub import resolve
         from .pipeline.dequantize import dequantize_checkpoint
 
         picked = pick_device(device)
         with progress_bar("decoding", shown=not quiet) as progress:
             result = dequantize_checkpoint(
-                src, dst, device=picked.name, overwrite=overwrite, threads=threads, progress=progress
+                resolve(src),
+                dst,
+                dtype=dtype,
+                device=picked.name,
+                overwrite=overwrite,
+                threads=threads,
+                progress=progress,
             )
         report.dequantized(result, src, dst, picked)
 
@@ -168,8 +176,12 @@ def verify(
     against: Annotated[str, typer.Option(metavar="SRC", help="The float checkpoint it was made from.")],
     min_cosine: Annotated[
         float | None,
-        typer.Option(min=-1.0, max=1.0, metavar="C", help="Fail under this cosine. [default: by bit width]"),
+        typer.Option(min=-1.0, max=1.0, metavar="C", help="Fail under this cosine. [default: by scheme]"),
     ] = None,
+    within_step: Annotated[
+        bool,
+        typer.Option(help="Every weight must also be as close as min-max rounding promises: finds a single bad code."),
+    ] = True,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -179,25 +191,36 @@ def verify(
 ) -> None:
     """Compare a quantized checkpoint with its original: cosine, SQNR and largest error of each tensor, worst first.
 
-    Fails with exit code 8 when a tensor is under the threshold, or a kept tensor is not the original.
+    Fails with exit code 8 where a tensor is under the threshold, a kept tensor is not the original, or one is missing.
     """
     with _run("verify", json, quiet, verbose, debug) as report:
+        from .backends import pick_device
+        from .formats.hub import resolve
         from .pipeline.verify import verify_checkpoint
 
+        picked = pick_device(device)
         with progress_bar("verifying", shown=not quiet) as progress:
             result = verify_checkpoint(
-                dst, against, min_cosine=min_cosine, device=device, threads=threads, progress=progress
+                resolve(dst),
+                resolve(against),
+                min_cosine=min_cosine,
+                within_step=within_step,
+                device=picked.name,
+                threads=threads,
+                progress=progress,
             )
-        report.verified(result)
-        if result.failed:
-            raise VerifyError(result.sentence)
+        report.verified(result, picked)
+        result.check()
 
 
-@app.command()
+@app.command(epilog="Example: arrowquant info --json")
 def info(json: Json = False, debug: Debug = False) -> None:
     """Show versions, devices, and which backend auto would take and why."""
     with _run("info", json, False, 0, debug) as report:
-        report.info()
+        from .backends import pick_device
+        from .cli_info import devices, versions
+
+        report.info(versions(), devices(), pick_device())
 
 
 def _version(value: bool) -> None:

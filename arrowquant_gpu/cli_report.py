@@ -12,8 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .backends import Device
     from .pipeline import Manifest, Plan
+    from .pipeline.dequantize import Dequantized
+    from .pipeline.verify import VerifyReport
 
 # (key of a row, heading, justified right)
 Column = tuple[str, str, bool]
@@ -36,7 +40,14 @@ _FIGURES: tuple[Column, ...] = (
     ("sqnr_db", "SQNR dB", True),
     ("max_error", "max error", True),
 )
-_TENSORS: tuple[Column, ...] = (*(_PLAN[i] for i in (0, 2, 3, 4)), ("bytes", "bytes", True))
+_FINDINGS: tuple[Column, ...] = (*_FIGURES, ("max_steps", "steps", True), ("problem", "problem", False))
+_TENSORS: tuple[Column, ...] = (
+    ("name", "tensor", False),
+    ("scheme", "scheme", False),
+    ("dtype", "dtype", False),
+    ("shape", "shape", False),
+    ("bytes", "bytes", True),
+)
 
 # Of a run that validated, this many of the worst tensors are shown; the manifest has all.
 N_WORST = 5
@@ -62,10 +73,15 @@ class Report:
         if self._filled and self._json:
             print(json.dumps(_plain(self.document), indent=1))
         elif self._filled and not self._quiet:
-            # A file or pipe has no width to wrap to.
-            console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
-            for part in self._parts:
-                console.print(part, soft_wrap=isinstance(part, str), markup=False)
+            terminal = sys.stdout.isatty()
+            # A file or pipe has no width to wrap to, and wants no padding.
+            console = Console(width=None if terminal else 1000, highlight=False)
+            with console.capture() as capture:
+                for part in self._parts:
+                    console.print(part, soft_wrap=isinstance(part, str), markup=False)
+            lines = capture.get().splitlines()
+            print("\n".join(lines if terminal else [line.rstrip() for line in lines]))
+        sys.stdout.flush()
         self._filled = False
 
     def plan(self, plan: Plan) -> None:
@@ -77,17 +93,81 @@ class Report:
         """A finished run: totals, speed, and the worst tensors where they were measured."""
         rows, summary = manifest.table.to_pylist(), manifest.summary
         worst = sorted((r for r in rows if r["cosine"] is not None), key=lambda r: r["cosine"])[:N_WORST]
+        measured: list[Table | str] = [f"worst {len(worst)} by cosine:", table(worst, _FIGURES)] if worst else []
         self.add(
             f"{src} -> {dst} ({summary['format']})",
             _totals(summary, "were"),
             _speed(summary["bytes_before"], summary["seconds"], device),
-            *([f"worst {len(worst)} by cosine:", table(worst, _FIGURES)] if worst else []),
+            *measured,
             *_warnings(summary),
             source=src,
             target=str(dst),
             device=device._asdict(),
             summary=summary,
             tensors=rows,
+        )
+
+    def inspected(self, path: Path, format_name: str, rows: list[dict[str, Any]], notes: Mapping[str, str]) -> None:
+        """The tensors of a checkpoint, and what it says of itself."""
+        total, n_quantized = sum(r["bytes"] for r in rows), sum(r["scheme"] is not None for r in rows)
+        self.add(
+            table(rows, _TENSORS),
+            f"{path} ({format_name}): {len(rows)} tensors, {n_quantized} quantized, {size(total)}",
+            *(f"{key}: {value}" for key, value in notes.items()),
+            path=str(path),
+            format=format_name,
+            n_tensors=len(rows),
+            n_quantized=n_quantized,
+            bytes=total,
+            notes=dict(notes),
+            tensors=rows,
+        )
+
+    def dequantized(self, result: Dequantized, src: str, dst: object, device: Device) -> None:
+        """Totals and speed of a decoding run."""
+        summary = result.summary
+        self.add(
+            f"{src} -> {dst} (safetensors)",
+            f"{summary['n_decoded']} of {summary['n_tensors']} tensors were decoded: {size(summary['bytes'])}",
+            _speed(summary["bytes"], summary["seconds"], device),
+            source=src,
+            target=str(dst),
+            device=device._asdict(),
+            summary=summary,
+            tensors=result.table.to_pylist(),
+        )
+
+    def verified(self, result: VerifyReport, device: Device) -> None:
+        """Every quantized tensor and every one with a problem, worst first."""
+        rows, summary = [f._asdict() for f in result.findings], result.summary
+        shown = [r for r in rows if r["cosine"] is not None or r["problem"] is not None]
+        n_kept = sum(r["action"] == "kept" and r["problem"] is None for r in rows)
+        self.add(
+            table(shown, _FINDINGS),
+            f"{result.path} against {result.against}: {summary['n_quantized']} quantized tensors, {n_kept} kept ones "
+            f"equal to the original, {summary['n_failed']} problems",
+            *([f"worst cosine {summary['worst_cosine']:.6f}: {summary['worst_tensor']}"] if shown else []),
+            f"{summary['seconds']:.2f} s on {device.name} ({device.reason})",
+            path=str(result.path),
+            against=str(result.against),
+            device=device._asdict(),
+            summary=summary,
+            tensors=rows,
+        )
+
+    def info(self, versions: Mapping[str, str | None], devices: Sequence[Mapping[str, Any]], auto: Device) -> None:
+        """Versions, devices, and the choice that auto makes."""
+        width = max(map(len, versions))
+        self.add(
+            *(f"{name:{width}}  {version or 'not installed'}" for name, version in versions.items()),
+            "",
+            *(f"{d['name']:{width}}  {d['description']}" for d in devices),
+            "",
+            f"{'auto':{width}}  {auto.name} ({auto.reason})",
+            version=versions["arrowquant_gpu"],
+            versions=dict(versions),
+            devices=list(devices),
+            auto=auto._asdict(),
         )
 
 
@@ -124,7 +204,7 @@ def _cell(key: str, value: Any) -> str:
         return f"{value:.6f}"
     if key in ("sqnr_db", "bits_per_weight"):
         return f"{value:.2f}"
-    if key == "max_error":
+    if key in ("max_error", "max_steps"):
         return f"{value:.3g}"
     return str(value)
 
@@ -135,8 +215,8 @@ def _totals(summary: Mapping[str, Any], verb: str) -> str:
     return (
         f"{summary['n_quantized']} of {summary['n_tensors']} tensors {verb} quantized to {stored}: "
         f"{size(before)} -> {size(after)} ({after / max(before, 1):.0%}), "
-        f"{summary['bits_per_weight']:.2f} bits per quantized weight, "
-        f"{summary['bits_per_weight_model']:.2f} over the whole model"
+        f"{_cell('bits_per_weight', summary['bits_per_weight'])} bits per quantized weight, "
+        f"{_cell('bits_per_weight', summary['bits_per_weight_model'])} over the whole model"
     )
 
 
