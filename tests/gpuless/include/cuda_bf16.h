@@ -1,0 +1,3 @@
+// The shim is one header, included before the kernel.
+#pragma once
+#include "cuda_shim.h"
