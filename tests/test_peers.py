@@ -66,7 +66,7 @@ def check_equal(x: np.ndarray, scheme: Scheme) -> int:
     return int(each.sum())
 
 
-@pytest.mark.parametrize("scheme", map(Scheme.parse, SCHEMES), ids=str)
+@pytest.mark.parametrize("scheme", [Scheme.parse(s) for s in SCHEMES], ids=str)
 def test_codes_equal_compressed_tensors(scheme: Scheme) -> None:
     compared = sum(check_equal(make(content, (64, 1024), "float32"), scheme) for content in CONTENTS)
     assert compared > 4 * 64 * 1024
