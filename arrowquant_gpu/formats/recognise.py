@@ -46,6 +46,13 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     *((s, f"not a safetensors file; {DEQUANTIZE}") for s in (".parquet", ".arrow", ".feather")),
 )
 
+# Keys of config.json that only quantized checkpoints have, with who writes them.
+QUANTIZED_KEYS: tuple[tuple[str, str], ...] = (
+    ("quantization_config", "transformers"),
+    ("compression_config", "compressed-tensors"),
+    ("quantization", "MLX"),
+)
+
 # Files that only quantized checkpoints have.
 QUANTIZED_FILES: tuple[tuple[str, str], ...] = (
     ("quantize_config.json", "GPTQ"),
@@ -108,16 +115,17 @@ def by_suffix(name: str) -> str | None:
 
 
 def quantized_config(config: Mapping[str, Any]) -> str | None:
-    """The method by which config.json says that its model is quantized, or None.
+    """The method by which config.json, or a part of it, says that the model is quantized; None where it does not.
 
     >>> quantized_config({"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    'quantization_config with quant_method gptq'
+    'config.json has quantization_config with quant_method gptq'
     """
-    for outer in (config, *(v for v in config.values() if isinstance(v, dict))):
-        for key in ("quantization_config", "compression_config", "quantization"):
-            found = outer.get(key)
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        for key, writer in QUANTIZED_KEYS:
+            found = part.get(key)
             if isinstance(found, dict) and found:
-                return f"{key} with quant_method {found.get('quant_method', 'not given')}"
+                method = found.get("quant_method")
+                return f"config.json has {key} " + (f"with quant_method {method}" if method else f"as {writer} writes")
     return None
 
 
