@@ -112,6 +112,7 @@ def _make(name: str, threads: int | None) -> Backend:
     return CudaBackend(int(name.partition(":")[2]))
 
 
+@functools.cache
 def _cuda_usable() -> tuple[bool, str]:
     """Whether CUDA can be used, and the device's name or the reason why not. Imports CuPy only where it is there."""
     if importlib.util.find_spec("cupy") is None:
