@@ -8,7 +8,10 @@ import pytest
 
 from arrowquant_gpu.errors import PolicyError
 from arrowquant_gpu.formats import TensorInfo
+from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.pipeline.policy import RULES, Decision, Policy
+
+from .minilm import model_dir
 
 LINEAR = "linear weight"
 STACKED = "experts of a mixture, stacked; groups run along the last axis"
@@ -101,6 +104,17 @@ def test_what_holds_no_weights_is_kept_whatever_is_asked_for() -> None:
     assert policy.decide(tensor("w.weight", (0, 4))) == Decision(False, "empty")
     assert policy.decide(tensor("w.weight", (4, 8), "float4_e2m1fn")).quantize is False
     assert policy.decide(tensor("norm.weight", (8,))) == Decision(True, "included by --include .*")
+
+
+@pytest.mark.interop
+def test_minilm_is_its_36_encoder_matrices() -> None:
+    source = open_checkpoint(model_dir())
+    policy = Policy(source.tensors, source.config)
+    quantized = [info for info in source.tensors.values() if policy.decide(info).quantize]
+    assert len(source.tensors) == 104
+    assert len(quantized) == 36
+    assert sum(info.shape[0] * info.shape[1] for info in quantized) == 10_616_832
+    assert all(info.name.startswith("encoder.layer.") for info in quantized)
 
 
 def test_ignore_beats_include_beats_the_table() -> None:

@@ -50,7 +50,9 @@ class CompressedTensorsSink:
         self._output = output
         self._config = config
         self._places: dict[str, tuple[str, int]] = {}
-        self._zero_words: dict[str, NDArray[np.uint32]] = {}
+        # Words of zero points, and how many rows of them are still to come.
+        self._zeros: dict[str, tuple[NDArray[np.uint32], int]] = {}
+        self._bytes_left = 0
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """The scheme with scales in the weights' own dtype. See `Sink`."""
@@ -119,6 +121,7 @@ class CompressedTensorsSink:
             self._places |= {tensor: (name, begin) for tensor, (begin, _) in places.items()}
             weight_map |= dict.fromkeys(places, name)
             total += sum(end - begin for begin, end in places.values())
+        self._bytes_left = total
         if len(sources) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._write_json(INDEX, index)
@@ -143,7 +146,9 @@ class CompressedTensorsSink:
         self._write(entry.info.name, offset, data)
 
     def commit(self) -> tuple[Path, ...]:
-        """See `Sink`."""
+        """See `Sink`. Raises RuntimeError where not everything was written: it would read as zeros."""
+        if self._bytes_left:
+            raise RuntimeError(f"{self._output.target}: {self._bytes_left} bytes were not written, or written twice")
         return self._output.commit()
 
     def abort(self) -> None:
@@ -153,20 +158,22 @@ class CompressedTensorsSink:
     def _write(self, tensor: str, offset: int, data: NDArray[Any]) -> None:
         file, begin = self._places[tensor]
         self._output.write(file, begin + offset, data)
+        self._bytes_left -= data.nbytes
 
     def _write_zeros(self, entry: Entry, row: int, zeros: NDArray[np.uint8]) -> None:
-        """A word holds the zero points of 32 / bits rows: staged per tensor, written after its last row."""
+        """A word holds the zero points of 32 / bits rows: staged per tensor, written when all its rows are there."""
         assert entry.scheme is not None
-        bits, (n, _) = entry.scheme.bits, entry.info.shape
-        name = _module(entry) + ".weight_zero_point"
-        words = self._zero_words.setdefault(name, np.zeros((n_words(n, bits), zeros.shape[1]), "<u4"))
-        per_word = 32 // bits
+        bits, n = entry.scheme.bits, entry.info.shape[0]
+        name, per_word = _module(entry) + ".weight_zero_point", 32 // bits
+        words, left = self._zeros.pop(name, (np.zeros((n_words(n, bits), zeros.shape[1]), "<u4"), n))
         for k in range(min(per_word, len(zeros))):
             first = row + k
             part = zeros[k::per_word].astype(np.uint32) << np.uint32(first % per_word * bits)
             words[first // per_word : first // per_word + len(part)] |= part
-        if row + len(zeros) == n:
-            self._write(name, 0, self._zero_words.pop(name))
+        if left > len(zeros):
+            self._zeros[name] = words, left - len(zeros)
+        else:
+            self._write(name, 0, words)
 
     def _write_side_files(self, source: Checkpoint, provenance: dict[str, str]) -> None:
         root = source.path if source.path.is_dir() else source.path.parent
