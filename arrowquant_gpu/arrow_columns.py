@@ -289,7 +289,9 @@ class _Row:
         width = np.int32 if pa.types.is_binary(cell.type) else np.int64
         _, offsets, data = cell.buffers()
         start, stop = np.frombuffer(offsets, width, 2, cell.offset * np.dtype(width).itemsize).tolist()
-        return np.frombuffer(data, np.uint8, stop - start, start) if stop > start else np.empty(0, np.uint8)
+        view = np.frombuffer(data, np.uint8, stop - start, start) if stop > start else np.empty(0, np.uint8)
+        view.flags.writeable = False
+        return view
 
     def values(self, column: str) -> NDArray[Any]:
         """The items of a list cell, a view of its buffer."""

@@ -35,7 +35,7 @@ def field(name: str, dtype: str) -> pa.Field:
 
 def buffer(a: NDArray[Any]) -> pa.Buffer:
     """The memory of an array as a buffer that keeps it alive; of an array that is not row-major, a copy."""
-    return pa.py_buffer(np.ascontiguousarray(a).reshape(-1).view(np.uint8))  # ml_dtypes arrays export no buffer
+    return pa.py_buffer(np.ascontiguousarray(a))
 
 
 def from_numpy(a: NDArray[Any]) -> pa.Array:

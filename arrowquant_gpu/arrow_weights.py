@@ -106,8 +106,7 @@ def _dense(a: pa.Array, field: pa.Field, *, name: str) -> NDArray[Any]:
         return items.reshape(len(a), length, *items.shape[1:])
     if isinstance(kind, pa.FixedShapeTensorType):
         items = _dense(a.storage, pa.field("storage", a.storage.type), name=name).reshape(len(a), *kind.shape)
-        order = kind.permutation or range(len(kind.shape))
-        return items.transpose(0, *(axis + 1 for axis in order))
+        return items.transpose(0, *(axis + 1 for axis in _axis_order(kind, name=name)))
     marked_as = (field.metadata or {}).get(DTYPE_KEY, b"").decode()
     if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.opaque":
         marked_as, a = kind.type_name, a.storage
@@ -118,6 +117,18 @@ def _dense(a: pa.Array, field: pa.Field, *, name: str) -> NDArray[Any]:
         f"{name}: Arrow type {kind} cannot be read as weights: "
         f"{way_out or 'use float16, float32, float64 or an integer type, or lists of them'}"
     )
+
+
+def _axis_order(kind: pa.FixedShapeTensorType, *, name: str) -> list[int]:
+    """Where each logical axis of a fixed-shape tensor is in memory."""
+    order = list(kind.permutation or range(len(kind.shape)))
+    # The Arrow format says that logical axis i is axis order[i] in memory; pyarrow writes the inverse (seen in 26.0).
+    if any(order[axis] != i for i, axis in enumerate(order)):
+        raise InputError(
+            f"{name}: fixed-shape tensors with permutation {order} are written in two ways that contradict each other; "
+            f"pass an array of the right shape over .storage.flatten()"
+        )
+    return order
 
 
 def _row_length(a: pa.Array, *, name: str) -> tuple[int, int]:

@@ -67,11 +67,12 @@ def export(columns: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[Any
     struct = pa.Array.from_buffers(kind, 1, [None], null_count=0, children=[p.cell() for p in parts.values()])
     schema = pa.field("", kind, metadata=dict(metadata)).__arrow_c_schema__()
     _, capsule = struct.__arrow_c_device_array__()
+    exported = ArrowDeviceArray.from_address(_pointer(capsule, b"arrow_device_array"))
+    exported.reserved[:] = [0, 0, 0]  # as the format asks for; pyarrow 26 leaves them uninitialised
     device = next(iter(parts.values())).device
     if device is None:
         return schema, capsule
     device.synchronize()
-    exported = ArrowDeviceArray.from_address(_pointer(capsule, b"arrow_device_array"))
     for i, part in enumerate(parts.values()):
         exported.array.children[i].contents.buffers[1] = part.offsets_address
     exported.device_type, exported.device_id, exported.sync_event = CUDA, device.id, None

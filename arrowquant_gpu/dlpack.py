@@ -32,8 +32,21 @@ _DTYPES = {
     (10, 8): "float8_e4m3fn",
     (12, 8): "float8_e5m2",
 }
-_OTHER_CODES = {3: "opaque", 5: "complex", 6: "bool", 7: "float8_e3m4", 8: "float8_e4m3", 9: "float8_e4m3b11fnuz"} | {
+# Names of the type codes, for errors.
+_CODES = {
+    0: "int",
+    1: "uint",
+    2: "float",
+    3: "opaque",
+    4: "bfloat",
+    5: "complex",
+    6: "bool",
+    7: "float8_e3m4",
+    8: "float8_e4m3",
+    9: "float8_e4m3b11fnuz",
+    10: "float8_e4m3fn",
     11: "float8_e4m3fnuz",
+    12: "float8_e5m2",
     13: "float8_e5m2fnuz",
     14: "float8_e8m0fnu",
     15: "float6_e2m3fn",
@@ -180,8 +193,11 @@ def _dtype(tensor: _Tensor, *, name: str) -> np.dtype[Any]:
     code, bits, lanes = tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes
     row = DTYPES.get(_DTYPES.get((code, bits), "")) if lanes == 1 else None
     if row is None or row.numpy is None:
-        called = _OTHER_CODES.get(code, f"type code {code}")
-        raise InputError(f"{name}: DLPack dtype {called}, {bits} bits, {lanes} lanes is not supported")
+        called = _CODES.get(code, f"of code {code}")
+        raise InputError(
+            f"{name}: DLPack dtype {called} with {bits} bits and {lanes} lanes is not supported; "
+            f"use one of {', '.join(_DTYPES.values())}"
+        )
     return row.numpy
 
 

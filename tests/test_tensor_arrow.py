@@ -1,0 +1,662 @@
+"""Quantized tensors as Arrow: self-describing rows and back without a copy, device export, page-locked memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import io
+import itertools
+import json
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from arrowquant_gpu import arrow_columns, device_arrow, reference
+from arrowquant_gpu.dtypes import DTYPES, WEIGHT_DTYPES
+from arrowquant_gpu.errors import DeviceError, InputError, SchemeError
+from arrowquant_gpu.interchange import as_weights
+from arrowquant_gpu.pinned import pinned_table, to_host
+from arrowquant_gpu.schemes import BITS, Scheme, rows_and_length
+from arrowquant_gpu.tensor import QuantizedTensor
+
+from .bitwise import assert_bitwise_equal
+from .cases import SCHEMES, make
+from .producers import DlpackProducer, FakeCupyArray, FakeDevice, StreamProducer, fake_cupy
+
+SHAPES = ((), (5,), (3, 40), (2, 3, 17), (0, 8), (3, 0))
+EVERY_KIND = [s for i, s in enumerate(SCHEMES) if i % 7 == 0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """What is alive before these tests is none of their garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def quantized(scheme: str | Scheme = "int4_g16_asym", shape: tuple[int, ...] = (3, 40)) -> QuantizedTensor:
+    scheme = Scheme.parse(scheme)
+    x = make("normal", rows_and_length(shape), "float32")
+    packed, scales, zeros, _ = reference.quantize(x, scheme)
+    return QuantizedTensor(packed, scales, zeros, shape, scheme, "float16")
+
+
+def arrays(q: QuantizedTensor) -> dict[str, np.ndarray]:
+    named = {"data": q.packed, "scales": q.scales, "zero_points": q.zeros}
+    return {k: v for k, v in named.items() if v is not None}
+
+
+def check_equal(got: QuantizedTensor, want: QuantizedTensor) -> None:
+    assert (got.shape, got.scheme, got.dtype) == (want.shape, want.scheme, want.dtype)
+    assert (got.zeros is None) == (want.zeros is None)
+    for name, a in arrays(want).items():
+        assert_bitwise_equal(arrays(got)[name], a, name)
+
+
+def check_same_memory(got: QuantizedTensor, want: QuantizedTensor) -> None:
+    for name, a in arrays(want).items():
+        assert a.size == 0 or arrays(got)[name].ctypes.data == a.ctypes.data, f"{name} was copied"
+
+
+def replaced(batch: pa.RecordBatch, column: str, value: Any, kind: pa.DataType | None = None) -> pa.RecordBatch:
+    i = batch.schema.get_field_index(column)
+    return batch.set_column(i, column, pa.array([value], kind or batch.schema.field(i).type))
+
+
+class TestRow:
+    def test_columns(self) -> None:
+        kinds = {f.name: str(f.type) for f in arrow_columns.schema("float16")}
+        assert kinds == {
+            "layer_name": "string",
+            "shape": "list<item: uint64>",
+            "dtype": "string",
+            "data": "large_binary",
+            "num_params": "uint64",
+            "quant_type": "string",
+            "scales": "large_list<item: halffloat>",
+            "zero_points": "large_list<item: uint8>",
+            "quant_axis": "int32",
+            "group_size": "uint32",
+            "bit_width": "uint8",
+            "scheme": "string",
+            "chunk": "uint32",
+            "n_chunks": "uint32",
+            "row_offset": "uint64",
+        }
+        bf16 = arrow_columns.schema("bfloat16").field("scales").type.value_field
+        assert (bf16.type, bf16.metadata) == (pa.uint16(), {b"arrowquant.dtype": b"bfloat16"})
+        with pytest.raises(SchemeError, match="float64"):
+            arrow_columns.schema("float64")
+
+    @pytest.mark.parametrize("scheme", EVERY_KIND, ids=str)
+    def test_both_ways_without_a_copy(self, scheme: Scheme) -> None:
+        for shape in SHAPES:
+            q = quantized(scheme, shape)
+            batch = q.to_arrow("w")
+            batch.validate(full=True)
+            back = QuantizedTensor.from_arrow(batch)
+            check_equal(back, q)
+            check_same_memory(back, q)
+            assert not any(a.flags.writeable for a in arrays(back).values() if a.size)
+            name, read = arrow_columns.read(batch)
+            assert name == "w"
+            check_equal(read, q)
+
+    def test_values(self) -> None:
+        row = quantized("int3_g16_asym_bf16", (2, 3, 17)).to_arrow("block.0").to_pylist()[0]
+        assert {k: v for k, v in row.items() if k not in ("data", "scales", "zero_points")} == {
+            "layer_name": "block.0",
+            "shape": [2, 3, 17],
+            "dtype": "float16",
+            "num_params": 102,
+            "quant_type": "int3",
+            "quant_axis": 2,
+            "group_size": 16,
+            "bit_width": 3,
+            "scheme": "int3_g16_asym_bf16",
+            "chunk": 0,
+            "n_chunks": 1,
+            "row_offset": 0,
+        }
+        assert (len(row["data"]), len(row["scales"]), len(row["zero_points"])) == (6 * 7, 6 * 2, 6 * 2)
+
+    @pytest.mark.parametrize(
+        ("scheme", "null"),
+        [
+            ("int8_channel", {"zero_points", "group_size"}),
+            ("int8_tensor_asym", {"quant_axis", "group_size"}),
+            ("int8_g16", {"zero_points"}),
+        ],
+    )
+    def test_nulls(self, scheme: str, null: set[str]) -> None:
+        row = quantized(scheme).to_arrow().to_pylist()[0]
+        assert {k for k, v in row.items() if v is None} == null
+
+    def test_a_row_and_its_metadata_are_enough_to_decode(self) -> None:
+        """By hand, from the row alone, in the words of its metadata."""
+        for bits in BITS:
+            for suffix in ("", "_asym"):
+                q = quantized(f"int{bits}_g16{suffix}", (3, 40))
+                row = q.to_arrow().to_pylist()[0]
+                rows, length = row["shape"]
+                n_bytes, n_groups = len(row["data"]) // rows, len(row["scales"]) // rows
+                got = np.empty((rows, length), np.float32)
+                for r in range(rows):
+                    stream = int.from_bytes(row["data"][r * n_bytes : (r + 1) * n_bytes], "little")
+                    for k in range(length):
+                        code = stream >> (k * bits) & ((1 << bits) - 1)
+                        group = r * n_groups + k // row["group_size"]
+                        zero = row["zero_points"][group] if row["zero_points"] else 2 ** (row["bit_width"] - 1)
+                        got[r, k] = np.float32(code - zero) * np.float32(row["scales"][group])
+                assert_bitwise_equal(got, reference.dequantize(q.packed, q.scales, q.zeros, q.scheme, length))
+
+    def test_arrays_that_are_not_row_major_are_copied(self) -> None:
+        q = quantized("int8_g16")
+        f = QuantizedTensor(np.asfortranarray(q.packed), q.scales[:, ::1], None, q.shape, q.scheme, q.dtype)
+        check_equal(QuantizedTensor.from_arrow(f.to_arrow()), q)
+
+    def test_the_address_check_notices_a_copy(self) -> None:
+        q = quantized()
+        copied = QuantizedTensor(q.packed, q.scales.copy(), q.zeros, q.shape, q.scheme, q.dtype)
+        with pytest.raises(AssertionError, match="scales was copied"):
+            check_same_memory(QuantizedTensor.from_arrow(copied.to_arrow()), q)
+
+    def test_more_than_two_gigabytes(self, tmp_path: Any) -> None:
+        """Codes and scales past every 32-bit limit, over sparse files that are never read."""
+        n = (1 << 31) + 5
+        packed = self.sparse(tmp_path / "packed", n, np.uint8).reshape(1, n)
+        scales = self.sparse(tmp_path / "scales", n, np.float32).reshape(1, n)
+        q = QuantizedTensor(packed, scales, None, (n,), Scheme.parse("int8_g1"), "float32")
+        batch = q.to_arrow("huge")
+        assert batch["num_params"][0].as_py() == n
+        assert len(batch["scales"].flatten()) == n
+        back = QuantizedTensor.from_arrow(
+            pa.concat_tables([pa.table(quantized("int8_g1").to_arrow()), pa.table(batch)]), 1
+        )
+        assert (back.shape, back.packed.shape, back.scales.shape) == ((n,), (1, n), (1, n))
+        check_same_memory(back, q)
+
+    @staticmethod
+    def sparse(path: Any, n: int, dtype: Any) -> np.ndarray:
+        with path.open("wb") as f:
+            f.truncate(n * np.dtype(dtype).itemsize)
+        return np.memmap(path, dtype, "r")
+
+
+class TestRead:
+    @pytest.mark.parametrize("suffix", ["", "_f16", "_bf16"])
+    def test_from_files(self, suffix: str) -> None:
+        """Native scales through IPC, float32 scales through Parquet, several rows, any one of them."""
+        tensors = [quantized(f"int{bits}_g16_asym{suffix}", (bits, 40)) for bits in BITS]
+        native = pa.Table.from_batches([q.to_arrow(str(i)) for i, q in enumerate(tensors)])
+        wide = pa.Table.from_batches(
+            [arrow_columns.row(str(i), q, scale_dtype="float32") for i, q in enumerate(tensors)]
+        )
+        assert wide.schema.equals(arrow_columns.schema("float32"), check_metadata=True)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, native.schema) as writer:
+            writer.write_table(native)
+        from_ipc = pa.ipc.open_file(sink.getvalue()).read_all()
+        assert from_ipc.schema.equals(native.schema, check_metadata=True)
+        file = io.BytesIO()
+        pq.write_table(wide, file, compression="zstd")
+        from_parquet = pq.read_table(file)
+        for table in (native, wide, from_ipc, from_parquet, native.combine_chunks(), wide[1:]):
+            for i in range(table.num_rows):
+                want = tensors[i + len(tensors) - table.num_rows]
+                check_equal(QuantizedTensor.from_arrow(table, i), want)
+
+    def test_ipc_is_read_in_place(self) -> None:
+        q = quantized()
+        sink = pa.BufferOutputStream()
+        batch = q.to_arrow()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        whole = sink.getvalue()
+        back = QuantizedTensor.from_arrow(pa.ipc.open_stream(whole).read_next_batch())
+        for name, a in arrays(back).items():
+            assert whole.address <= a.ctypes.data < whole.address + whole.size, f"{name} was copied"
+
+    def test_other_producers(self) -> None:
+        import nanoarrow as na
+
+        q = quantized()
+        for made in (StreamProducer(pa.table(q.to_arrow())), na.Array(q.to_arrow())):
+            back = QuantizedTensor.from_arrow(made)
+            check_equal(back, q)
+            check_same_memory(back, q)
+        with pytest.raises(InputError, match=r"builtins\.list is no Arrow table"):
+            QuantizedTensor.from_arrow([1])
+
+    @pytest.mark.parametrize(
+        "kinds",
+        [
+            {"layer_name": pa.large_string(), "data": pa.binary(), "shape": pa.large_list(pa.int64())},
+            {"data": pa.binary_view(), "scheme": pa.string_view(), "dtype": pa.string_view()},
+            {"scales": pa.list_(pa.float32()), "zero_points": pa.list_(pa.uint8())},
+            {"scales": pa.list_(pa.float32(), 9), "zero_points": pa.list_(pa.uint8(), 9)},
+        ],
+    )
+    def test_other_types_of_the_same_columns(self, kinds: dict[str, pa.DataType]) -> None:
+        q = quantized()
+        table = pa.Table.from_batches([q.to_arrow("a"), q.to_arrow("b")])
+        for name, kind in kinds.items():
+            i = table.schema.get_field_index(name)
+            table = table.set_column(i, name, pa.chunked_array([pa.array(table[name].to_pylist(), kind)]))
+        for i in (0, 1):
+            check_equal(QuantizedTensor.from_arrow(table, i), q)
+
+    def test_columns_that_may_be_missing_and_columns_of_others(self) -> None:
+        q = quantized()
+        table = pa.table(q.to_arrow()).replace_schema_metadata(None).append_column("reason", [["why"]])
+        table = table.drop(["layer_name", "num_params", "quant_type", "quant_axis", "group_size", "bit_width"])
+        table = table.drop(["chunk", "n_chunks", "row_offset"])
+        check_equal(QuantizedTensor.from_arrow(table), q)
+
+    def test_bfloat16_scales_without_their_mark(self) -> None:
+        q = quantized("int4_g16_bf16")
+        batch = q.to_arrow()
+        bare = replaced(batch, "scales", batch["scales"][0].as_py(), pa.large_list(pa.uint16()))
+        check_equal(QuantizedTensor.from_arrow(bare), q)
+
+    @pytest.mark.parametrize("scheme", ["int4_g16", "int4_g16_asym_f16", "int4_channel", "int4_tensor_asym"])
+    def test_pieces(self, scheme: str) -> None:
+        """A tensor cut into rows of the table: each decodes alone to its rows of weights."""
+        q = quantized(scheme, (2, 4, 40))
+        whole = reference.dequantize(q.packed, q.scales, q.zeros, q.scheme, 40)
+        cuts = [0, 3, 4, 8]
+        batches = []
+        for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+            rows = slice(None) if q.scheme.granularity == "tensor" else slice(a, b)
+            zeros = None if q.zeros is None else q.zeros[rows]
+            piece = QuantizedTensor(q.packed[a:b], q.scales[rows], zeros, (b - a, 40), q.scheme, q.dtype)
+            batches.append(arrow_columns.row("w", piece, shape=q.shape, chunk=i, n_chunks=3, row_offset=a))
+        table = pa.Table.from_batches(batches)
+        for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+            row = table.slice(i, 1).to_pylist()[0]
+            assert (row["shape"], row["num_params"], row["chunk"], row["n_chunks"]) == ([2, 4, 40], 320, i, 3)
+            piece = QuantizedTensor.from_arrow(table, i)
+            assert piece.shape == (b - a, 40)
+            assert row["row_offset"] == a
+            got = reference.dequantize(piece.packed, piece.scales, piece.zeros, piece.scheme, 40)
+            assert_bitwise_equal(got, whole[a:b])
+            assert np.shares_memory(piece.packed, q.packed)
+
+    @pytest.mark.parametrize("dtype", [d.name for d in DTYPES.values() if d.numpy is not None])
+    def test_copied_tensors(self, dtype: str) -> None:
+        x = np.arange(48, dtype=np.uint8).view(DTYPES[dtype].numpy).reshape(3, -1)
+        batch = arrow_columns.copied_row("norm", x, x.shape, dtype)
+        batch.validate(full=True)
+        name, back = arrow_columns.read(batch)
+        assert (name, batch["quant_type"][0].as_py(), batch["scheme"][0].as_py()) == ("norm", "none", None)
+        assert_bitwise_equal(back, x)
+        assert back.ctypes.data == x.ctypes.data
+        with pytest.raises(InputError, match=r"row 0 \(norm\): quant_type none, this tensor is not quantized"):
+            QuantizedTensor.from_arrow(batch)
+        piece = arrow_columns.copied_row("norm", x[1:], x.shape, dtype, chunk=1, n_chunks=2, row_offset=1)
+        assert_bitwise_equal(arrow_columns.read(piece)[1], x[1:])
+
+    def test_copied_bytes_of_a_type_that_numpy_lacks(self) -> None:
+        x = np.arange(6, dtype=np.uint8)
+        assert_bitwise_equal(arrow_columns.read(arrow_columns.copied_row("w", x, (3, 4), "float4_e2m1fn"))[1], x)
+
+    REFUSED: ClassVar = {
+        "missing columns": (lambda b: b.drop_columns(["data", "scheme"]), "columns data, scheme are missing"),
+        "a later version": (
+            lambda b: b.replace_schema_metadata({"arrowquant.version": "2"}),
+            "columns of version 2: this package reads version 1; update it",
+        ),
+        "null data": (lambda b: replaced(b, "data", None), r"row 0 \(w\): data is null"),
+        "null shape": (lambda b: replaced(b, "shape", None), r"row 0 \(w\): shape is null"),
+        "null scales": (lambda b: replaced(b, "scales", None), r"row 0 \(w\): scales is null"),
+        "null zero points": (lambda b: replaced(b, "zero_points", None), r"row 0 \(w\): zero_points is null"),
+        "a null scale": (lambda b: replaced(b, "scales", [1.0, None]), r"row 0 \(w\): scales has 1 nulls"),
+        "a short row": (lambda b: replaced(b, "data", b"x"), r"\(w\): data has 1 items; int4_g16_asym of .* has 60"),
+        "few scales": (lambda b: replaced(b, "scales", [1.0]), r"\(w\): scales has 1 items; .* has 9"),
+        "few zero points": (lambda b: replaced(b, "zero_points", [1]), r"\(w\): zero_points has 1 items; .* has 9"),
+        "another shape": (lambda b: replaced(b, "shape", [3, 41]), r"\(w\): data has 60 items; .*\[3, 41\] has 63"),
+        "another width": (lambda b: replaced(b, "bit_width", 8), r"bit_width is 8 and the scheme is int4_g16_asym"),
+        "another group": (lambda b: replaced(b, "group_size", 32), r"group_size is 32 and the scheme is"),
+        "another type": (lambda b: replaced(b, "quant_type", "int8"), r"quant_type is 'int8' and the scheme is"),
+        "no scheme": (lambda b: replaced(b, "scheme", None), r"\(w\): quant_type 'int4' and no scheme"),
+        "an unknown scheme": (lambda b: replaced(b, "scheme", "int4_g16x"), "'int4_g16x' is not a scheme"),
+        "an unknown dtype": (lambda b: replaced(b, "dtype", "float9"), r"\(w\): dtype 'float9' is not known"),
+        "wide zero points": (
+            lambda b: replaced(b, "zero_points", [1] * 9, pa.list_(pa.int32())),
+            r"\(w\): zero_points are int32; they must be uint8",
+        ),
+        "wide scales": (
+            lambda b: replaced(b, "scales", [1.0] * 9, pa.list_(pa.float64())),
+            r"\(w\): scales are float64; int4_g16_asym has float32, or float32",
+        ),
+        "symmetric with zero points": (
+            lambda b: replaced(replaced(b, "scheme", "int4_g16"), "bit_width", 4),
+            r"\(w\): zero_points is not null and the scheme int4_g16 is symmetric",
+        ),
+    }
+
+    @pytest.mark.parametrize("what", REFUSED)
+    def test_refused(self, what: str) -> None:
+        change, words = self.REFUSED[what]
+        with pytest.raises((InputError, SchemeError), match=words):
+            QuantizedTensor.from_arrow(change(quantized().to_arrow("w")))
+
+    @pytest.mark.parametrize("row", [-1, 1])
+    def test_row_that_is_not_there(self, row: int) -> None:
+        with pytest.raises(InputError, match=f"row {row}: the table has 1 rows"):
+            QuantizedTensor.from_arrow(quantized().to_arrow(), row)
+
+    def test_scales_that_do_not_narrow(self) -> None:
+        q = quantized("int4_g16_f16")
+        wide = q.scales.astype(np.float32).ravel()
+        wide[4] = np.float32(0.1)
+        batch = replaced(q.to_arrow("w"), "scales", wide.tolist(), pa.large_list(pa.float32()))
+        with pytest.raises(
+            InputError, match=r"1 scales are not float16 values.*the first is scale number 4, np\.float32"
+        ):
+            QuantizedTensor.from_arrow(batch)
+        with pytest.raises(SchemeError, match="its float16 scales cannot be stored as bfloat16"):
+            arrow_columns.row("w", q, scale_dtype="bfloat16")
+
+    def test_copied_data_that_does_not_fit(self) -> None:
+        batch = arrow_columns.copied_row("w", np.zeros(5, np.uint8), (3,), "float16")
+        with pytest.raises(InputError, match=r"data has 5 bytes, which does not fit float16 \[3\]"):
+            arrow_columns.read(batch)
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setitem(sys.modules, "cupy", cupy := fake_cupy())
+    FakeDevice.synchronized.clear()
+    return cupy
+
+
+def on_device(q: QuantizedTensor, device: int = 0) -> QuantizedTensor:
+    moved = [None if a is None else FakeCupyArray(a, device) for a in (q.packed, q.scales, q.zeros)]
+    return QuantizedTensor(*moved, q.shape, q.scheme, q.dtype)
+
+
+class Capsules:
+    """Capsules as a producer, to hand them to a library."""
+
+    def __init__(self, pair: tuple[Any, Any]):
+        self.pair = pair
+
+    def __arrow_c_device_array__(self, requested_schema: Any = None, **options: Any) -> tuple[Any, Any]:
+        return self.pair
+
+
+def structure(capsule: Any) -> device_arrow.ArrowDeviceArray:
+    return device_arrow.ArrowDeviceArray.from_address(device_arrow._pointer(capsule, b"arrow_device_array"))
+
+
+class TestDlpack:
+    def test_packed_codes_are_shared(self) -> None:
+        q = quantized()
+        assert q.__dlpack_device__() == (1, 0)
+        a = np.from_dlpack(q)
+        assert_bitwise_equal(a, q.packed)
+        assert np.shares_memory(a, q.packed)
+        view = np.from_dlpack(QuantizedTensor.from_arrow(q.to_arrow()))
+        assert view.ctypes.data == q.packed.ctypes.data
+        assert not view.flags.writeable
+        assert not np.shares_memory(np.from_dlpack(q, copy=True), q.packed)
+
+    def test_on_a_device(self, cupy: Any) -> None:
+        q = quantized()
+        d = on_device(q, 3)
+        assert d.__dlpack_device__() == (2, 3)
+        assert np.shares_memory(cupy.from_dlpack(d).memory, q.packed)
+
+
+class TestDeviceExport:
+    def test_layout_is_the_one_of_the_standard(self) -> None:
+        assert ctypes.sizeof(device_arrow.ArrowDeviceArray) == 128
+        offsets = {
+            name: getattr(device_arrow.ArrowDeviceArray, name).offset
+            for name, *_ in device_arrow.ArrowDeviceArray._fields_
+        }
+        assert offsets == {"array": 0, "device_id": 80, "device_type": 88, "sync_event": 96, "reserved": 104}
+
+    @pytest.mark.parametrize("scheme", EVERY_KIND, ids=str)
+    def test_nanoarrow_reads_host_memory_in_place(self, scheme: Scheme) -> None:
+        from nanoarrow import device
+
+        for shape in SHAPES:
+            q = quantized(scheme, shape)
+            imported = device.c_device_array(q)
+            assert imported.device_type_id == 1
+            columns = [imported.array.child(i) for i in range(imported.array.n_children)]
+            assert [imported.schema.child(i).name for i in range(len(columns))] == list(arrays(q))
+            for column, a in zip(columns, arrays(q).values(), strict=True):
+                assert (column.length, column.child(0).length) == (1, a.size)
+                assert a.size == 0 or column.child(0).buffers[1] == a.ctypes.data, "copied"
+            metadata = dict(imported.schema.metadata.items())
+            assert metadata[b"arrowquant.scheme"].decode() == scheme.id
+            assert tuple(json.loads(metadata[b"arrowquant.shape"])) == shape
+            assert metadata[b"arrowquant.dtype"] == b"float16"
+
+    def test_pyarrow_reads_host_memory(self) -> None:
+        q = quantized("int4_g16_asym_bf16")
+        a = pa.Array._import_from_c_device_capsule(*q.__arrow_c_device_array__())
+        a.validate(full=True)
+        assert [(f.name, str(f.type)) for f in a.type] == [
+            ("data", "list<item: uint8>"),
+            ("scales", "list<item: uint16>"),
+            ("zero_points", "list<item: uint8>"),
+        ]
+        assert_bitwise_equal(as_weights(a.field("scales")).blocks[0], q.scales.reshape(1, -1))
+        assert_bitwise_equal(as_weights(a.field("data")).blocks[0], q.packed.reshape(1, -1))
+
+    def test_offsets_of_64_bits_where_32_do_not_reach(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        q = quantized()
+        monkeypatch.setattr(device_arrow, "MAX_INT32", q.packed.size - 1)
+        a = pa.Array._import_from_c_device_capsule(*q.__arrow_c_device_array__())
+        a.validate(full=True)
+        assert [str(f.type) for f in a.type][:2] == ["large_list<item: uint8>", "list<item: float>"]
+        assert_bitwise_equal(as_weights(a.field("data")).blocks[0], q.packed.reshape(1, -1))
+
+    def test_cuda_memory(self, cupy: Any) -> None:
+        q = quantized()
+        schema, capsule = on_device(q, 3).__arrow_c_device_array__()
+        c = structure(capsule)
+        assert (c.device_type, c.device_id, c.sync_event, list(c.reserved)) == (2, 3, None, [0, 0, 0])
+        assert FakeDevice.synchronized == {3: 1}
+        assert FakeDevice.current == 0
+        assert (c.array.length, c.array.null_count, c.array.n_buffers, c.array.n_children) == (1, 0, 1, 3)
+        for i, a in enumerate(arrays(q).values()):
+            column = c.array.children[i].contents
+            assert (column.length, column.null_count, column.n_buffers, column.n_children) == (1, 0, 2, 1)
+            assert column.buffers[0] is None
+            # The fake's device memory can be read: what is there must be offsets, and not those pyarrow built with.
+            assert list((ctypes.c_int32 * 2).from_address(column.buffers[1])) == [0, a.size]
+            values = column.children[0].contents
+            assert (values.length, values.buffers[0], values.buffers[1]) == (a.size, None, a.ctypes.data)
+        names = [f.name for f in pa.schema(pa.DataType._import_from_c_capsule(schema))]
+        assert names == ["data", "scales", "zero_points"]
+
+    def test_offsets_of_cuda_memory_are_device_memory(self, cupy: Any) -> None:
+        given = []
+        make_array = cupy.asarray
+        cupy.asarray = lambda a: given.append(made := make_array(a)) or made
+        _, capsule = on_device(quantized(), 1).__arrow_c_device_array__()
+        c = structure(capsule)
+        assert [c.array.children[i].contents.buffers[1] for i in range(3)] == [g.data.ptr for g in given]
+        assert {g.device.id for g in given} == {1}
+
+    def test_nanoarrow_takes_and_passes_on_cuda_memory(self, cupy: Any) -> None:
+        from nanoarrow import device
+
+        q = quantized()
+        imported = device.c_device_array(on_device(q, 3))
+        assert (imported.device_type_id, imported.device_id) == (2, 3)
+        _, capsule = imported.__arrow_c_device_array__()
+        c = structure(capsule)
+        assert (c.device_type, c.device_id) == (2, 3)
+        assert c.array.children[0].contents.children[0].contents.buffers[1] == q.packed.ctypes.data
+
+    def test_arrays_that_are_not_row_major_are_copied(self, cupy: Any) -> None:
+        q = quantized("int8_g16")
+        f = QuantizedTensor(np.asfortranarray(q.packed), q.scales, None, q.shape, q.scheme, q.dtype)
+        for exported in (f, on_device(f)):
+            c = structure(capsule := exported.__arrow_c_device_array__()[1])
+            values = c.array.children[0].contents.children[0].contents
+            assert bytes((ctypes.c_uint8 * q.packed.size).from_address(values.buffers[1])) == q.packed.tobytes()
+            del c, values, capsule
+
+    def test_options(self) -> None:
+        q = quantized()
+        q.__arrow_c_device_array__(None, stream=None)
+        with pytest.raises(NotImplementedError, match="options stream"):
+            q.__arrow_c_device_array__(stream=1)
+
+    @pytest.mark.parametrize("where", ["host", "cuda"])
+    @pytest.mark.parametrize("consumer", ["nobody", "nanoarrow", "child"])
+    def test_memory_lives_as_long_as_the_consumer(self, cupy: Any, where: str, consumer: str) -> None:
+        from nanoarrow import device
+
+        q = quantized()
+        want = q.packed.copy()
+        exported = on_device(q) if where == "cuda" else q
+        address = q.packed.ctypes.data
+        alive = [weakref.ref(a) for a in arrays(q).values()]
+        pair = exported.__arrow_c_device_array__()
+        del q, exported
+        gc.collect()
+        assert all(r() is not None for r in alive)
+        held: Any = pair
+        if consumer != "nobody":
+            held = device.c_device_array(Capsules(pair))
+            del pair
+        if consumer == "child":
+            held = held.array.child(0)
+        gc.collect()
+        assert all(r() is not None for r in alive)
+        assert bytes((ctypes.c_uint8 * want.size).from_address(address)) == want.tobytes()
+        pair = held = None
+        gc.collect()
+        assert all(r() is None for r in alive), "leaked"
+
+
+class TestFromDevice:
+    @pytest.mark.parametrize("scheme", ["int4_g16", "int4_g16_asym_f16", "int8_channel_asym_bf16", "int3_tensor"])
+    def test_to_arrow_goes_through_page_locked_memory(self, cupy: Any, scheme: str) -> None:
+        q = quantized(scheme)
+        batch = on_device(q, 2).to_arrow("w")
+        assert len(cupy.pinned) == 1
+        assert FakeDevice.synchronized[2] >= 1
+        check_equal(QuantizedTensor.from_arrow(batch), q)
+        low = min(a.ctypes.data for a in arrays(QuantizedTensor.from_arrow(batch)).values())
+        for a in arrays(QuantizedTensor.from_arrow(batch)).values():
+            assert low <= a.ctypes.data < low + cupy.pinned[0], "outside the page-locked block"
+            assert (a.ctypes.data - low) % 64 == 0
+
+    def test_other_dlpack_arrays(self, cupy: Any) -> None:
+        x = np.arange(6, dtype=np.int16).reshape(2, 3)
+        [a] = to_host([DlpackProducer(x, device=(2, 0))])
+        assert_bitwise_equal(a, x)
+        assert not np.shares_memory(a, x)
+
+    def test_empty(self, cupy: Any) -> None:
+        q = quantized(shape=(0, 8))
+        check_equal(QuantizedTensor.from_arrow(on_device(q).to_arrow()), q)
+
+
+class TestPinnedTable:
+    COLUMNS: ClassVar = {
+        "a": ((4,), "float32"),
+        "b": ((4, 3), "bfloat16"),
+        "c": ((4, 2, 5), "float8_e4m3fn"),
+        "d": ((4,), "bfloat16"),
+    }
+
+    def check(self, table: pa.Table, views: dict[str, np.ndarray]) -> None:
+        table.validate(full=True)
+        assert {name: str(table.schema.field(name).type) for name in table.column_names} == {
+            "a": "float",
+            "b": "fixed_size_list<item: uint16>[3]",
+            "c": "fixed_size_list<item: fixed_size_list<item: uint8>[5]>[2]",
+            "d": "uint16",
+        }
+        for i, (name, (shape, dtype)) in enumerate(self.COLUMNS.items()):
+            view = views[name]
+            assert (view.shape, view.dtype, view.flags.writeable) == (shape, DTYPES[dtype].numpy, True)
+            assert view.flags.aligned
+            assert (view.ctypes.data - views["a"].ctypes.data) % 64 == 0
+            view[...] = np.full(shape, i + 1, np.float32).astype(view.dtype)
+        for i, name in enumerate(self.COLUMNS):
+            w = as_weights(table.select([name]), name=name)
+            assert (w.shape, w.dtype) == self.COLUMNS[name]
+            assert_bitwise_equal(w.blocks[0], views[name].reshape(w.blocks[0].shape))
+            assert w.blocks[0].ctypes.data == views[name].ctypes.data
+            assert (w.blocks[0].astype(np.float32) == i + 1).all()
+
+    def test_page_locked(self, cupy: Any) -> None:
+        self.check(*pinned_table(self.COLUMNS))
+        assert cupy.pinned == [4 * 64]
+        pinned_table({"w": ((1 << 20, 7), "float16")}, fallback="pageable")
+        assert cupy.pinned[1:] == [14 << 20], "a fallback that was not needed"
+
+    def test_pageable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+        self.check(*pinned_table(self.COLUMNS, fallback="pageable"))
+        with pytest.raises(DeviceError, match="page-locked memory needs CuPy, which is not installed"):
+            pinned_table(self.COLUMNS)
+
+    def test_cuda_that_refuses(self, cupy: Any) -> None:
+        def refuse(n_bytes: int) -> Any:
+            raise RuntimeError("cudaErrorInsufficientDriver")
+
+        cupy.cuda.alloc_pinned_memory = refuse
+        self.check(*pinned_table(self.COLUMNS, fallback="pageable"))
+        with pytest.raises(DeviceError, match="256 bytes of page-locked memory cannot be had: cudaErrorInsuff"):
+            pinned_table(self.COLUMNS)
+
+    @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+    @pytest.mark.parametrize("shape", [(6,), (2, 3), (0, 3), (2, 0), (0,)])
+    def test_every_dtype(self, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+        table, views = pinned_table({"w": (shape, dtype)}, fallback="pageable")
+        views["w"][...] = np.ones(shape, np.float32).astype(views["w"].dtype)
+        w = as_weights(table)
+        assert (w.shape, w.dtype) == (shape, dtype)
+        assert_bitwise_equal(w.blocks[0], views["w"].reshape(w.blocks[0].shape))
+
+    @pytest.mark.parametrize("survivor", ["table", "view", "weights"])
+    def test_anything_keeps_the_block_alive(self, cupy: Any, survivor: str) -> None:
+        blocks = []
+        allocate = cupy.cuda.alloc_pinned_memory
+        cupy.cuda.alloc_pinned_memory = lambda n: blocks.append(weakref.ref(m := allocate(n))) or m
+        table, views = pinned_table({"w": ((2, 3), "float32"), "v": ((2,), "float64")})
+        held = {"table": table, "view": views["v"], "weights": as_weights(table["w"])}[survivor]
+        del table, views
+        gc.collect()
+        assert blocks[0]() is not None
+        del held
+        gc.collect()
+        assert blocks[0]() is None
+
+    @pytest.mark.parametrize(
+        ("columns", "words"),
+        [
+            ({}, "given: none"),
+            ({"a": ((), "float32")}, r"given: a \[\]"),
+            ({"a": ((2,), "float32"), "b": ((3, 2), "float32")}, r"given: a \[2\], b \[3, 2\]"),
+            ({"a": ((2,), "bool")}, "a: dtype 'bool' is not a type of weights"),
+            ({"a": ((2,), "float4_e2m1fn")}, "a: dtype 'float4_e2m1fn'"),
+            ({"a": ((2,), "f32")}, "a: dtype 'f32'"),
+        ],
+    )
+    def test_refused(self, columns: Any, words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            pinned_table(columns, fallback="pageable")
+        with pytest.raises(InputError, match="fallback 'pinned'"):
+            pinned_table({"a": ((2,), "float32")}, fallback="pinned")
