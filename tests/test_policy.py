@@ -98,6 +98,15 @@ def test_every_rule_is_reached_by_the_table() -> None:
     assert {r.reason for r in RULES} <= {reason for _, _, _, reason in TABLE}
 
 
+def test_the_table_in_the_documents_is_this_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "policy.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    documented = [(row[3], row[2] == "quantized") for row in rows if len(row) == 4 and row[2] in ("kept", "quantized")]
+    assert documented == list(dict.fromkeys((rule.reason, rule.quantize) for rule in RULES))
+
+
 def test_what_holds_no_weights_is_kept_whatever_is_asked_for() -> None:
     policy = Policy(None, include=[".*"])
     assert policy.decide(tensor("position_ids", (1, 512), "int64")) == Decision(False, "int64: not weights")
