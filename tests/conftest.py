@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,26 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"ARROWQUANT_REQUIRE names {sorted(unknown)}; the markers are {sorted(NEEDS)}")
     config.stash[_REQUIRED] = required
     config.stash[_N_SOAK] = 0
+    config.pluginmanager.register(_Doctests(), "doctests-of-optional-modules")
+
+
+class _Doctests:
+    """Leaves out the doctests of modules that import a library which is not there: backends/cuda.py without CuPy.
+
+    A plugin and not a plain hook, since those of this file see only what lies in tests/.
+    """
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        if collection_path.suffix != ".py" or collection_path.is_relative_to(Path(__file__).parent):
+            return None
+        imported = re.findall(r"^(?:import|from) (cupy|cuda)\b", collection_path.read_text(), re.MULTILINE)
+        if not (absent := sorted({name for name in imported if find_spec(name) is None})):
+            return None
+        self.left_out[f"doctests of modules that import {', '.join(absent)}, not installed"] += 1
+        return True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -72,7 +94,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if path := config.getoption("record"):
         _write_record(path, terminalreporter.stats)
-    reasons: Counter[str] = Counter()
+    reasons = config.pluginmanager.get_plugin("doctests-of-optional-modules").left_out.copy()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reasons[reason.removeprefix("Skipped: ")] += 1

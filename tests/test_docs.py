@@ -59,7 +59,7 @@ def wrong_commands(text: str) -> list[str]:
                 if first not in COMMANDS:
                     wrong.append(f"{line}: no command {first}")
                     continue
-                known = {o for p in COMMANDS[first].params for o in p.opts} | GLOBAL_OPTIONS
+                known = {o for p in COMMANDS[first].params for o in (*p.opts, *p.secondary_opts)} | GLOBAL_OPTIONS
                 used = {w.partition("=")[0] for w in rest if re.match(r"--?[a-z]", w)}
                 wrong += [f"{line}: no option {o}" for o in sorted(used - known)]
     return wrong
@@ -114,8 +114,8 @@ def test_every_option_and_command_is_documented() -> None:
     for name, command in COMMANDS.items():
         assert f"arrowquant {name}" in text, name
         for parameter in command.params:
-            option = max(parameter.opts, key=len)
-            assert not option.startswith("--") or f"`{option}" in text, f"{name} {option}"
+            spellings = [o for o in (*parameter.opts, *parameter.secondary_opts) if o.startswith("--")]
+            assert not spellings or any(f"`{o}" in text for o in spellings), f"{name} {spellings}"
 
 
 def test_every_exit_code_is_documented() -> None:
