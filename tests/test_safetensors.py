@@ -112,6 +112,14 @@ def test_other_files_are_named(head: bytes, words: str, tmp_path: Path) -> None:
     assert e.value.code == HeaderCode.NOT_SAFETENSORS
 
 
+@pytest.mark.parametrize("begin", [b"{\n", b'{"', b"\x1f\x8b", b"\x80\x02\x8a"])
+def test_a_length_may_look_like_another_file(begin: bytes, tmp_path: Path) -> None:
+    length = int.from_bytes(begin, "little")
+    path = raw_file(tmp_path / "a", b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'.ljust(length))
+    assert path.read_bytes().startswith(begin)
+    assert read_header(path).tensors["w"].shape == (0,)
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "code"),
     [

@@ -26,7 +26,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"<?xml", "an XML text, not weights; the download ended on an error page"),
     (b"gguf", f"a GGUF file, made for llama.cpp; {ORIGINAL}"),
     (b"pk\x03\x04", f"a zip archive, as torch.save writes; {TO_SAFETENSORS}"),
-    *((bytes([0x80, v]), f"a Python pickle, as torch.save wrote; {TO_SAFETENSORS}") for v in (2, 3, 4, 5)),
+    *((bytes([0x80, v, op]), f"a Python pickle; {TO_SAFETENSORS}") for v in (2, 3, 4, 5) for op in (*b"\x8a\x95c}",)),
     (b"\x89hdf", f"an HDF5 file; {TO_SAFETENSORS}"),
     (b"arrow1", f"an Arrow file; {DEQUANTIZE}"),
     (b"par1", f"a Parquet file; {DEQUANTIZE}"),
@@ -103,6 +103,7 @@ def by_first_bytes(head: bytes) -> str | None:
     >>> by_first_bytes(b"GGUF\\x03")[:11]
     'a GGUF file'
     """
+    # A header of 9044608 bytes begins like a pickle, one of 2683 like a JSON text.
     if head[8:9] == b"{":
         return None
     begin = head.lstrip().lower()
