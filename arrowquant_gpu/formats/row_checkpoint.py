@@ -6,6 +6,7 @@ import abc
 import contextlib
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,18 @@ from . import Entry, TensorInfo
 from .v2_extended import (
     COLUMNS,
     CONFIG_KEY,
+    IDENTITY,
     METADATA_KEY,
-    PLACE,
     PROVENANCE_KEY,
     VERSION_KEY,
     copied_row_bytes,
     copied_shape,
+    data_of,
     row_hash,
 )
 
 # Read of all rows when a file is opened: what there is, and nothing that is large.
-_INDEX = pa.schema([COLUMNS.field(name) for name in (*PLACE, "num_params", "reason")])
+_INDEX = pa.schema([COLUMNS.field(name) for name in IDENTITY])
 # Alike in all rows of one tensor.
 _SHARED = ("shape", "dtype", "scheme", "n_chunks", "num_params", "reason")
 
@@ -54,6 +56,7 @@ class RowCheckpoint(abc.ABC):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.side_files: tuple[Path, ...] = ()
+        self._lock = threading.Lock()
         with self._errors():
             schema = self._open()
             self._check_schema(schema)
@@ -82,13 +85,15 @@ class RowCheckpoint(abc.ABC):
 
         A copied row that is larger than a chunk comes in several pieces [1, n] with the same first row, and elements
         of less than one byte come as uint8. The arrays are read-only views of a row of the file and keep it alive.
+        Safe to call from any thread.
         """
         entry = self.entries[name]
         total = rows_and_length(entry.info.shape)[0] if entry.scheme else entry.info.n_bytes
         done = 0
         for i in self._rows[name]:
             with self._errors(name):
-                batch = self._row(i)
+                with self._lock:
+                    batch = self._row(i)
                 if row_hash(batch) != batch["sha256"][0].as_py():
                     raise self._error(name, f"row {i} is damaged: its content has not the hash in its column sha256")
                 block = _quantized(batch) if entry.scheme else _copied(batch, entry.info)
@@ -102,10 +107,10 @@ class RowCheckpoint(abc.ABC):
 
     def _check_schema(self, schema: pa.Schema) -> None:
         version = (schema.metadata or {}).get(VERSION_KEY)
-        missing = [name for name in COLUMNS.names if name not in schema.names]
+        missing = [f"column {f.name} of {f.type}" for f in COLUMNS if not _has(schema, f)]
         if version is None or missing:
-            what = f"columns {', '.join(missing)}" if missing else f"{VERSION_KEY.decode()} in its metadata"
-            raise SourceError(f"{self.path}: not a quantized model of arrowquant; there is no {what}")
+            missing.append(f"{VERSION_KEY.decode()} in its metadata")
+            raise SourceError(f"{self.path}: not a quantized model of arrowquant; there is no {missing[0]}")
         if version != arrow_columns.VERSION.encode():
             raise SourceError(
                 f"{self.path}: its columns are of version {version.decode()}, and this package reads version "
@@ -168,6 +173,11 @@ class RowCheckpoint(abc.ABC):
             raise SourceError(f"{where}: cannot be read as {self.format}: {e}") from e
 
 
+def _has(schema: pa.Schema, field: pa.Field) -> bool:
+    i = schema.get_field_index(field.name)
+    return i >= 0 and bool(schema.field(i).type == field.type)
+
+
 def _quantized(batch: pa.RecordBatch) -> QuantizedTensor:
     """The row as a QuantizedTensor [rows, length]."""
     _, q = arrow_columns.read(batch)
@@ -179,9 +189,7 @@ def _quantized(batch: pa.RecordBatch) -> QuantizedTensor:
 
 def _copied(batch: pa.RecordBatch, info: TensorInfo) -> NDArray[Any]:
     """The row as an array [rows, length], or [1, n] of a piece of one row."""
-    buffer = batch["data"][0].as_buffer()
-    data = np.frombuffer(buffer, np.uint8) if buffer.size else np.empty(0, np.uint8)
-    dtype, row_bytes = DTYPES[info.dtype].numpy, copied_row_bytes(info)
+    data, dtype, row_bytes = data_of(batch), DTYPES[info.dtype].numpy, copied_row_bytes(info)
     if batch["n_chunks"][0].as_py() == 1:
         shape = copied_shape(info)
     elif data.size % row_bytes == 0:

@@ -194,7 +194,8 @@ class RowSink(abc.ABC):
                 n_chunks=n_chunks,
                 row_offset=first,
             )
-        arrays = [*batch.columns, pa.array([entry.reason]), pa.array([row_hash(batch)])]
+        batch = batch.append_column("reason", pa.array([entry.reason]))
+        arrays = [*batch.columns, pa.array([row_hash(batch)])]
         with target_errors(self.output.target):
             self._write(pa.RecordBatch.from_arrays(arrays, schema=COLUMNS))
 

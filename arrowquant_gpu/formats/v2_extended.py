@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from .. import arrow_columns
 from ..dtypes import DTYPES
+from ..errors import InputError
 from ..schemes import rows_and_length
 from . import Entry, TensorInfo
 
@@ -25,8 +27,8 @@ CHUNK_BYTES = 16 << 20
 SCALE_DTYPE = "float32"
 COLUMNS = pa.schema([*arrow_columns.schema(SCALE_DTYPE), ("reason", pa.string()), ("sha256", pa.string())])
 
-# What says which tensor, and which part of it, a row is.
-PLACE = ("layer_name", "shape", "dtype", "scheme", "chunk", "n_chunks", "row_offset")
+# What a row holds is in three columns; all others but the hash say what it is.
+IDENTITY = tuple(name for name in COLUMNS.names if name not in ("data", "scales", "zero_points", "sha256"))
 
 # Keys of the file's metadata; the last three hold JSON.
 VERSION_KEY = b"arrowquant.version"
@@ -83,15 +85,23 @@ def copied_row_bytes(info: TensorInfo) -> int:
     return copied_shape(info)[1] * (1 if dtype is None else dtype.itemsize)
 
 
+def data_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
+    """The data of a one-row batch, a read-only view of its buffer. Raises InputError for null."""
+    column = batch["data"]
+    if column.null_count:
+        raise InputError("data is null")
+    _, offsets, data = column.buffers()
+    start, stop = np.frombuffer(offsets, np.int64, 2, 8 * column.offset).tolist()
+    return np.empty(0, np.uint8) if start == stop else np.frombuffer(data, np.uint8, stop - start, start)
+
+
 def row_hash(batch: pa.RecordBatch) -> str:
     """What column sha256 of a one-row batch must be: a hash of what the row says it is, and of what it holds.
 
-    The place is part of it, so that data which belong to another tensor, or to another part of it, are found too.
-    The recipe is in docs/parquet.md.
+    Data that belong to another tensor, or to another part of it, are found by it too. docs/parquet.md has the recipe.
     """
-    place = [batch[column][0].as_py() for column in PLACE]
-    digest = hashlib.sha256(json.dumps(place, separators=(",", ":")).encode())
-    digest.update(batch["data"][0].as_buffer())
+    digest = hashlib.sha256(json.dumps([batch[c][0].as_py() for c in IDENTITY], separators=(",", ":")).encode())
+    digest.update(data_of(batch).data)
     for column in ("scales", "zero_points"):
         if (cell := batch[column][0]).is_valid:
             digest.update(np.ascontiguousarray(cell.values.to_numpy()).data)
