@@ -181,7 +181,7 @@ def _solve(
         low_bits, top = _extremes(x, n, kind, spare)
         if top >= INF or low_bits >= SIGN + INF:
             return 2
-        low, high = as_float(low_bits) + np.float32(0), as_float(top)
+        low, high = as_float(low_bits), as_float(top)  # a low of -0.0 gives the same scale and zero point as 0.0
         span = high - low
         exact = span / levels
         if span > FLT_MAX:

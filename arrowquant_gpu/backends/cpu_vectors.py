@@ -170,7 +170,7 @@ def _narrow_half(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     subnormal = _with(b, "sub", _int(b, _with(b, "fadd", _float(b, magnitude), 0.5)), 0x3F000000)
     nan = _with(b, "or_", _with(b, "and_", top, 0x3FF), 0x7E00)
     out = b.select(_below(b, magnitude, 0x38800000), subnormal, normal)
-    out = b.select(_below(b, magnitude, 0x477FF000), out, _const(raw.type, 0x7C00))
+    out = b.select(_below(b, magnitude, 0x47800000), out, _const(raw.type, 0x7C00))
     return b.or_(b.select(_below(b, magnitude, 0x7F800001), out, nan), sign)
 
 
