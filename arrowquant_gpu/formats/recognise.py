@@ -1,7 +1,7 @@
 """What a thing is that is not a float safetensors checkpoint, in words: tables, and the few lines that read them.
 
 Files are known by their first bytes and by their suffix, quantized checkpoints by config.json, by the files beside
-it and by the names and types of their tensors. Layouts of the quantized formats: docs/checkpoints.md.
+it and by the names and types of their tensors. What is refused, and with which words: docs/checkpoints.md.
 """
 
 from __future__ import annotations

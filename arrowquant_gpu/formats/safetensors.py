@@ -294,9 +294,10 @@ class _Scan:
         self.space()
         m = _ENTRY.match(self.raw, self.at)
         if m is None:
+            found = self.raw[self.at : self.at + 40]
             self.fail(
                 HeaderCode.ENTRY,
-                f"its entry must be an object of at most {MAX_ENTRY_BYTES} bytes; found {self.raw[self.at : self.at + 40]!r}",
+                f"must be an object of at most {MAX_ENTRY_BYTES} bytes in the header, not {found!r}",
                 name,
             )
         self.at = m.end()
