@@ -1,0 +1,281 @@
+"""The CUDA backend: arguments, grid and stream of the kernels in kernels/. What they compute: docs/kernels.md.
+
+Everything runs on the caller's current CuPy stream of the backend's device. This module imports CuPy when it is
+imported itself, which happens only when a GPU is asked for or looked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import cupy
+import cupyx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import from_numpy
+from ..errors import DeviceError
+from ..reference import Findings
+from ..schemes import Scheme
+from . import nvrtc, variants
+from .variants import Variant
+
+BLOCK = 256  # threads of a block, as in kernels/common.cuh
+BLOCKS_PER_SM = 16  # a few waves, to even out; the kernels loop over what is beyond
+WEIGHTS_PER_THREAD = 32
+STAGE_BYTES = 16 << 20  # of one pinned staging buffer
+MIN_ARCH = 75
+
+# Weights with one scale can be cut anywhere: pieces of this many occupy the whole GPU, whatever the shape.
+_PIECE = 4096
+# Up to this many weights one warp decides a group, beyond a whole block.
+_WARP_WEIGHTS = 8192
+
+_SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in kernels/codes.cuh
+_COUNTERS, _RANGE = 7, slice(5, 7)  # the enum Counter of kernels/common.cuh
+
+
+def usable() -> tuple[bool, str]:
+    """Whether the first GPU can be used, and its name; else the reason why not."""
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return False, "no NVIDIA GPU"
+        properties = cupy.cuda.runtime.getDeviceProperties(0)
+    except Exception as e:  # CuPy has no common base for a missing driver, a missing library and a driver error
+        return False, f"no usable NVIDIA GPU ({str(e).splitlines()[0]})"
+    name, arch = properties["name"].decode(), _arch(properties)
+    if arch < MIN_ARCH:
+        return False, f"{name} has compute capability {arch / 10}; {MIN_ARCH / 10} is needed"
+    reason = nvrtc.missing()
+    return (False, f"{name}: {reason}") if reason else (True, name)
+
+
+def _arch(properties: dict[str, Any]) -> int:
+    return 10 * int(properties["major"]) + int(properties["minor"])
+
+
+class CudaBackend:
+    """The kernels on CUDA device number `index`; see Backend for the contract of each method.
+
+    Device arrays are CuPy arrays; bfloat16 is the dtype of ml_dtypes. Raises DeviceError where there is no such device,
+    or it is too old, or (when first needed) a kernel does not compile or load.
+    """
+
+    name = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        self._device = cupy.cuda.Device(index)
+        try:
+            properties = cupy.cuda.runtime.getDeviceProperties(index)
+        except Exception as e:  # see usable()
+            raise DeviceError(f"cuda:{index}: {str(e).splitlines()[0]}") from e
+        self._arch = _arch(properties)
+        if self._arch < MIN_ARCH:
+            raise DeviceError(f"cuda:{index} has compute capability {self._arch / 10}; {MIN_ARCH / 10} is needed")
+        self._max_blocks = int(properties["multiProcessorCount"]) * BLOCKS_PER_SM
+        self._functions: dict[Variant, Any] = {}
+        with self._device:  # page-locked and never written again: a copy of it may still run when a call has returned
+            self._zeros = cupyx.empty_pinned(_COUNTERS, np.uint64)
+        self._zeros[...] = 0
+
+    def put(self, x: NDArray[Any]) -> Any:
+        """A device copy of the host array `x`, through pinned memory; `x` is free again when this returns."""
+        with self._device:
+            a = cupy.empty(x.shape, x.dtype)
+            stream = cupy.cuda.get_current_stream()
+            source, target = _bytes(x), _bytes(a)
+            for part, stage in _stages(a.nbytes, stream):
+                stage[...] = source[part]
+                target[part].set(stage, stream=stream)
+            stream.synchronize()
+            return a
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        with self._device:
+            return cupy.empty(shape, dtype)
+
+    def get(self, a: Any, out: NDArray[Any]) -> None:
+        """Copy the device array `a` into the row-major host array `out`, through pinned memory."""
+        with self._device:
+            stream = cupy.cuda.get_current_stream()
+            source, target = _bytes(a), _bytes(out)
+            for part, stage in _stages(a.nbytes, stream):
+                source[part].get(stream=stream, out=stage)
+                stream.synchronize()
+                target[part] = stage
+
+    def quantize(self, x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None) -> Findings:
+        if x.size == 0:
+            return Findings()
+        cut = _Cut.into_groups(x.shape, scheme)
+        variant = variants.quantize(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name, cut.group)
+        with self._device:
+            counters = self._new_counters()
+            self._write_codes(variant, cut, x, scheme, packed, scales, zeros, counters)
+            return _findings(_read(counters))
+
+    def value_range(self, x: Any) -> tuple[float, float, Findings]:
+        if x.size == 0:
+            return 0.0, 0.0, Findings()
+        variant = variants.value_range(from_numpy(x.dtype).name)
+        with self._device:
+            counters = self._new_counters()
+            self._launch(variant, -(-x.size // WEIGHTS_PER_THREAD), BLOCK, x, np.int64(x.size), counters)
+            counts = _read(counters)
+        findings = _findings(counts)
+        if findings.first >= 0:
+            return 0.0, 0.0, findings
+        hi, lo = counts[_RANGE].astype(np.uint32).view(np.float32) + np.float32(0)
+        return float(lo), float(hi), findings
+
+    def encode(self, x: Any, scheme: Scheme, scales: Any, zeros: Any | None, packed: Any) -> None:
+        if x.size == 0:
+            return
+        variant = variants.encode(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name)
+        with self._device:
+            self._write_codes(variant, _Cut.into_pieces(x.shape, scheme), x, scheme, packed, scales, zeros, None)
+
+    def dequantize(self, packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any) -> None:
+        if out.size == 0:
+            return
+        cut = _Cut.into_pieces(out.shape, scheme)
+        variant = variants.dequantize(scheme.bits, scheme.symmetric, from_numpy(out.dtype).name)
+        lanes = cut.warp_lanes(1)
+        with self._device:
+            args = (packed, scales, zeros, out, *cut.args(scheme), np.int32(lanes))
+            self._launch(variant, cut.n_runs, BLOCK // lanes, *args)
+
+    def _new_counters(self) -> Any:
+        counters = cupy.empty(_COUNTERS, np.uint64)
+        counters.set(self._zeros, stream=cupy.cuda.get_current_stream())
+        return counters
+
+    def _write_codes(
+        self,
+        variant: Variant,
+        cut: _Cut,
+        x: Any,
+        scheme: Scheme,
+        packed: Any,
+        scales: Any,
+        zeros: Any | None,
+        counters: Any | None,
+    ) -> None:
+        if variant.defines["GROUP"] != "0":
+            lanes = max(1, cut.group // WEIGHTS_PER_THREAD)  # LANES of kernels/quantize.cu
+        else:
+            lanes = cut.warp_lanes(8) if cut.run <= _WARP_WEIGHTS else BLOCK
+        args = (x, packed, scales, zeros, counters, *cut.args(scheme), np.int32(lanes))
+        self._launch(variant, cut.n_runs, BLOCK // lanes, *args)
+
+    def _launch(self, variant: Variant, n_units: int, units_per_block: int, *args: Any) -> None:
+        """Run a kernel over `n_units` units of work on the current stream; it loops where the grid is smaller."""
+        function = self._functions.get(variant)
+        if function is None:
+            function = self._functions[variant] = self._load(variant)
+        blocks = min(-(-n_units // units_per_block), self._max_blocks)
+        function((blocks,), (BLOCK,), args)
+
+    def _load(self, variant: Variant) -> Any:
+        cubin = nvrtc.build(variant.source, variant.defines, self._arch)
+        try:
+            return cupy.RawModule(path=str(cubin.path)).get_function(variant.source)
+        except Exception as e:  # see usable()
+            raise DeviceError(f"{variant}: the driver does not load {cubin.path}: {str(e).splitlines()[0]}") from e
+
+
+class _Cut(NamedTuple):
+    """A tensor as a kernel sees it: `rows` of `length` weights, cut into groups of `group`.
+
+    The scale of group g in row r is number r * across + g * along. Rows without tails arrive as one long row.
+    """
+
+    rows: int
+    length: int
+    group: int
+    across: int
+    along: int
+
+    @classmethod
+    def into_groups(cls, shape: tuple[int, int], scheme: Scheme) -> _Cut:
+        """One group per scale: where scales are decided."""
+        rows, length = shape
+        group = scheme.group_length(length)
+        if length % group == 0 and group % 8 == 0:
+            rows, length = 1, rows * length
+        return cls(rows, length, group, -(-length // group), 1)
+
+    @classmethod
+    def into_pieces(cls, shape: tuple[int, int], scheme: Scheme) -> _Cut:
+        """Where scales are known, those of rows and of the whole tensor serve pieces of equal length."""
+        rows, length = shape
+        if scheme.granularity == "group":
+            return cls.into_groups(shape, scheme)
+        if scheme.granularity == "channel":
+            return cls(rows, length, _PIECE, 1, 0)
+        if length % 8 == 0:
+            rows, length = 1, rows * length
+        return cls(rows, length, _PIECE, 0, 0)
+
+    @property
+    def run_groups(self) -> int:
+        """Groups that one team of threads handles, `Runs` of kernels/common.cuh: their codes end on a byte."""
+        return min(-(-self.length // self.group), 8 // math.gcd(8, self.group))
+
+    @property
+    def run(self) -> int:
+        """Weights of one run."""
+        return min(self.length, self.run_groups * self.group)
+
+    @property
+    def n_runs(self) -> int:
+        return self.rows * -(-self.length // (self.run_groups * self.group))
+
+    def warp_lanes(self, least: int) -> int:
+        """Threads of a warp that share a run: a power of two."""
+        wanted = -(-self.run // WEIGHTS_PER_THREAD)
+        return max(least, min(32, 1 << (wanted - 1).bit_length()))
+
+    def args(self, scheme: Scheme) -> tuple[np.generic, ...]:
+        sizes = (np.int64(n) for n in (self.group, self.across, self.along))
+        return (np.int64(self.rows), np.int64(self.length), np.int32(_SCALE_TYPES[scheme.scale_dtype]), *sizes)
+
+
+def _bytes(a: Any) -> Any:
+    """All of a row-major array as flat bytes, without a copy."""
+    return a.reshape(-1).view(np.uint8)
+
+
+def _stages(n_bytes: int, stream: Any) -> Iterator[tuple[slice, Any]]:
+    """Cut n bytes into parts with a pinned buffer for each: two take turns, so that one fills while one is copied."""
+    buffers = [cupyx.empty_pinned((min(n_bytes, STAGE_BYTES),), np.uint8) for _ in range(1 + (n_bytes > STAGE_BYTES))]
+    for turn, start in enumerate(range(0, n_bytes, STAGE_BYTES)):
+        if turn >= 2 and turn % 2 == 0:
+            stream.synchronize()
+        part = slice(start, min(n_bytes, start + STAGE_BYTES))
+        yield part, buffers[turn % 2][: part.stop - start]
+
+
+def _read(counters: Any) -> NDArray[np.uint64]:
+    """The counters on the host; waits for the stream."""
+    stream = cupy.cuda.get_current_stream()
+    counts: NDArray[np.uint64] = cupyx.empty_pinned(_COUNTERS, np.uint64)
+    counters.get(stream=stream, out=counts)
+    stream.synchronize()
+    return counts
+
+
+def _findings(counts: NDArray[np.uint64]) -> Findings:
+    n_nan, n_inf, not_first, n_overflow, not_first_overflow = (int(n) for n in counts[:5])
+    if n_nan or n_inf:  # scales of such weights mean nothing
+        n_overflow = not_first_overflow = 0
+    last = 2**64 - 1
+    return Findings(
+        n_nan,
+        n_inf,
+        last - not_first if not_first else -1,
+        n_overflow,
+        last - not_first_overflow if not_first_overflow else -1,
+    )
