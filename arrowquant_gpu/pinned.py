@@ -52,7 +52,9 @@ def pinned_table(
     if None in n_rows or len(n_rows) != 1:
         given = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in columns.items())
         raise InputError(f"the columns of a table have one number of rows, their first axis; given: {given or 'none'}")
-    for name, (_, dtype) in columns.items():
+    for name, (shape, dtype) in columns.items():
+        if not all(0 <= n < 1 << 31 for n in shape[1:]) or shape[0] < 0:
+            raise InputError(f"{name}: shape {list(shape)}: a fixed_size_list holds 0 to 2147483647 items")
         if dtype not in WEIGHT_DTYPES:
             raise InputError(f"{name}: dtype {dtype!r} is not a type of weights; use one of {', '.join(WEIGHT_DTYPES)}")
     parts = _carve([(shape, DTYPES[dtype].numpy) for shape, dtype in columns.values()], fallback)
