@@ -1,0 +1,208 @@
+"""The peers that bench_cpu.py measures: each one's own CPU quantizer behind one call.
+
+Every peer gets the weights in its own array type beforehand, and is called in its fastest documented way. `decode` of
+what it made is compared with the weights, so that a peer which did nothing is not measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MODULES = {
+    "llama-cpp-python": "llama_cpp",
+    "compressed-tensors": "compressed_tensors",
+    "torchao": "torchao",
+    "bitsandbytes": "bitsandbytes",
+    "mlx": "mlx.core",
+}
+
+
+class Peer(NamedTuple):
+    """`run(i)` quantizes weights number i; `decode(result of run(i))` gives float32 weights back."""
+
+    name: str
+    threads: int | None  # None where the library decides
+    run: Callable[[int], Any]
+    decode: Callable[[Any], np.ndarray]
+
+
+def versions() -> dict[str, str]:
+    """Versions of all peers. Exits with the names of those that are not installed."""
+    absent = []
+    for package, module in MODULES.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as e:
+            absent.append(f"{package} ({e})")
+    if absent:
+        raise SystemExit(
+            f"bench_cpu measures beside its peers and needs all of them; not importable: {'; '.join(absent)}"
+        )
+    return {package: metadata.version(package) for package in [*MODULES, "torch"]}
+
+
+def peers(weights: list[np.ndarray], dtype: str, threads: int) -> list[Peer]:
+    """The peers that take `dtype`, at so many threads (mlx has one stream of its own and is measured once)."""
+    found = [*compressed_tensors(weights, threads), torchao(weights, threads), bitsandbytes(weights, threads)]
+    if dtype == "float32":
+        found += [llama_cpp(weights, threads, name) for name in GGML]
+    if threads == 1:
+        found.append(mlx(weights))
+    return found
+
+
+# --- llama-cpp-python: libggml, called as llama-quantize does, rows shared among threads -----------------------------
+
+GGML = {"Q4_0": (2, 18), "Q8_0": (8, 34)}  # type number, bytes of a block of 32
+
+
+def llama_cpp(weights: list[np.ndarray], threads: int, name: str) -> Peer:
+    import llama_cpp as package
+
+    library = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("lib/libggml-base.so*"))))
+    quantize_chunk = library.ggml_quantize_chunk
+    quantize_chunk.restype = ctypes.c_size_t
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+    number_of_type, block_bytes = GGML[name]
+    library.ggml_quantize_init(number_of_type)
+    rows, length = weights[0].shape
+    out = np.zeros((rows, length // 32, block_bytes), np.uint8)
+    pool = ThreadPoolExecutor(max(threads - 1, 1))
+    edges = [rows * i // threads for i in range(threads + 1)]
+
+    def part(i: int, worker: int) -> None:
+        first, last = edges[worker], edges[worker + 1]
+        x = weights[i].ctypes.data
+        quantize_chunk(number_of_type, x, out.ctypes.data, first * length, last - first, length, None)
+
+    def run(i: int) -> np.ndarray:
+        helpers = [pool.submit(part, i, worker) for worker in range(1, threads)]
+        part(i, 0)
+        for helper in helpers:
+            helper.result()
+        return out
+
+    def decode(blocks: np.ndarray) -> np.ndarray:
+        scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)
+        if name == "Q8_0":
+            return (blocks[..., 2:].view(np.int8) * scale).reshape(rows, length)
+        codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
+        return ((codes.astype(np.float32) - 8) * scale).reshape(rows, length)
+
+    return Peer(f"llama.cpp {name}", threads, run, decode)
+
+
+# --- The three built on torch ----------------------------------------------------------------------------------------
+
+
+def _torch(weights: list[np.ndarray]) -> list[Any]:
+    import torch
+
+    if weights[0].itemsize == 4:
+        return [torch.from_numpy(x) for x in weights]
+    kind = torch.float16 if weights[0].dtype == np.float16 else torch.bfloat16
+    return [torch.from_numpy(x.view(np.int16)).view(kind) for x in weights]
+
+
+def _with_threads(threads: int, run: Callable[[int], Any]) -> Callable[[int], Any]:
+    import torch
+
+    def call(i: int) -> Any:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return run(i)
+
+    return call
+
+
+def compressed_tensors(weights: list[np.ndarray], threads: int) -> list[Peer]:
+    """Its min-max quantizer for W4A16 g128, which llm-compressor runs; without and with packing."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128)
+    tensors = _torch(weights)
+
+    def run(i: int) -> Any:
+        groups = tensors[i].unflatten(-1, (-1, 128))
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        return quantize(tensors[i], scale, zero, args), scale
+
+    def pack(i: int) -> Any:
+        import torch
+
+        codes, scale = run(i)
+        pack_to_int32(codes.to(torch.int8), 4)
+        return codes, scale
+
+    def decode(result: Any) -> np.ndarray:
+        codes, scale = result
+        return (codes.float().unflatten(-1, (-1, 128)) * scale.float()[..., None]).flatten(1).numpy()
+
+    return [
+        Peer("compressed-tensors W4A16", threads, _with_threads(threads, run), decode),
+        Peer("compressed-tensors W4A16 packed", threads, _with_threads(threads, pack), decode),
+    ]
+
+
+def torchao(weights: list[np.ndarray], threads: int) -> Peer:
+    """Affine 4-bit g128, one code per byte."""
+    import torch
+    from torchao.quantization import quant_primitives as q
+
+    block, tensors = (1, 128), _torch(weights)
+
+    def run(i: int) -> Any:
+        x = tensors[i]
+        scale, zero = q.choose_qparams_affine(x, q.MappingType.ASYMMETRIC, block, torch.uint8, 0, 15)
+        return q.quantize_affine(x, block, scale, zero, torch.uint8, 0, 15), scale, zero
+
+    def decode(result: Any) -> np.ndarray:
+        return q.dequantize_affine(result[0], block, result[1], result[2], torch.uint8, 0, 15).float().numpy()
+
+    return Peer("torchao affine int4", threads, _with_threads(threads, run), decode)
+
+
+def bitsandbytes(weights: list[np.ndarray], threads: int) -> Peer:
+    from bitsandbytes import functional
+
+    tensors = _torch(weights)
+
+    def decode(result: Any) -> np.ndarray:
+        return functional.dequantize_4bit(*result).float().numpy()
+
+    run = _with_threads(threads, lambda i: functional.quantize_4bit(tensors[i], blocksize=64, quant_type="nf4"))
+    return Peer("bitsandbytes NF4", threads, run, decode)
+
+
+# --- mlx -------------------------------------------------------------------------------------------------------------
+
+
+def mlx(weights: list[np.ndarray]) -> Peer:
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
+    kind = getattr(mx, weights[0].dtype.name)
+    arrays = [mx.array(x.astype(np.float32)).astype(kind) for x in weights]
+    mx.eval(arrays)
+
+    def run(i: int) -> Any:
+        result = mx.quantize(arrays[i], group_size=128, bits=4)
+        mx.eval(result)
+        return result
+
+    def decode(result: Any) -> np.ndarray:
+        return np.array(mx.dequantize(*result, group_size=128, bits=4).astype(mx.float32))
+
+    return Peer("mlx affine int4", None, run, decode)
