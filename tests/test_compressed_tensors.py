@@ -15,7 +15,7 @@ from safetensors import safe_open
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.errors import SourceError
-from arrowquant_gpu.formats import Entry, TensorInfo
+from arrowquant_gpu.formats import Entry, TensorInfo, compressed_tensors
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.compressed_tensors import CompressedTensorsCheckpoint
 from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink, ignore_list
@@ -119,10 +119,14 @@ def test_every_part_against_the_reference(
     if used:
         assert not (out["a.weight_packed"][:, -1].astype(np.int64) & 0xFFFFFFFF & -(1 << used)).any()
 
+    # Three rows a block, so that blocks of zero points begin within a word.
+    monkeypatch.setattr(compressed_tensors, "_BLOCK_BYTES", 3 * out["a.weight_packed"].nbytes // shape[0])
     (entry,) = CompressedTensorsCheckpoint(tmp_path / "out").entries.values()
     assert (entry.info.name, entry.info.dtype, entry.info.shape) == ("a.weight", dtype, shape)
     assert entry.scheme == parsed
-    for row, block in CompressedTensorsCheckpoint(tmp_path / "out").blocks("a.weight"):
+    blocks = list(CompressedTensorsCheckpoint(tmp_path / "out").blocks("a.weight"))
+    assert len(blocks) == -(-shape[0] // 3)
+    for row, block in blocks:
         assert isinstance(block, QuantizedTensor)
         rows = slice(row, row + len(block.packed))
         assert_bitwise_equal(np.ascontiguousarray(block.packed), packed[rows])

@@ -221,10 +221,22 @@ def test_an_error_of_the_writer_ends_the_run(tmp_path: Path, monkeypatch: pytest
         raise InputError("the sink broke")
 
     monkeypatch.setattr(Memory, "write_rows", broken)
+    seen: list[str] = []
     with pytest.raises(InputError, match="the sink broke"):
-        run(tmp_path, TENSORS, "int4_g32")
+        run(tmp_path, TENSORS, "int4_g32", progress=lambda done, total, name: seen.append(name))
+    assert len(seen) < 20, "it ends soon after, not at the end of the model"
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     assert not [t for t in threading.enumerate() if t.name == "arrowquant-writer"]
+
+
+def test_an_error_of_the_last_write_ends_the_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Memory, *args: object) -> None:
+        raise InputError("the sink broke")
+
+    monkeypatch.setattr(Memory, "write_rows", broken)
+    with pytest.raises(InputError, match="the sink broke"):
+        run(tmp_path, {"a.weight": np.ones((2, 64), np.float32)}, "int4_g32")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def test_scales_that_overflow_are_counted_over_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,22 @@ def test_a_run_killed_while_replacing_loses_nothing(source: Path, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
+def test_the_old_output_is_put_back_where_the_new_one_cannot_be_placed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(source, tmp_path / "out")
+    real = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp" and target.name == "out":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with nothing_changes(tmp_path), pytest.raises(TargetError, match="Input/output error"):
+        quantize(source, tmp_path / "out", overwrite=True)
+
+
 def test_what_was_set_aside_is_not_removed_beside_a_new_output(source: Path, tmp_path: Path) -> None:
     aside = tmp_path / ".out.arrowquant-0123456789ab.previous"
     quantize(source, tmp_path / "out")
