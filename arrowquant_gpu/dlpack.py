@@ -153,7 +153,10 @@ def host_view(x: Any, *, name: str) -> NDArray[Any]:
         if isinstance(managed, _ManagedVersioned) and managed.major > _MAX_VERSION[0]:
             raise InputError(f"{name}: {_type(x)} exports DLPack {managed.major}.{managed.minor}; this reads 1.x")
         dtype = _dtype(managed.tensor, name=name)
-        owner = _Borrowed(address, managed.deleter, _interface(managed.tensor, dtype))
+        interface = _interface(managed.tensor, dtype)
+        if not managed.tensor.data and 0 not in interface["shape"]:
+            raise InputError(f"{name}: {_type(x)} exports shape {list(interface['shape'])} and no data")
+        owner = _Borrowed(address, managed.deleter, interface)
         _set_name(capsule, used)
         return np.asarray(owner).view(dtype)
     raise InputError(f"{name}: {_type(x)}.__dlpack__() gave {capsule!r}, which is not an unused DLPack capsule")
@@ -206,12 +209,14 @@ def _interface(tensor: _Tensor, dtype: np.dtype[Any]) -> dict[str, Any]:
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     strides = tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim)) if tensor.strides else None
     order = "<" if sys.byteorder == "little" else ">"
+    # NumPy allocates where it is given a null pointer. An empty tensor may have one: any other address will do.
+    address = (tensor.data or ctypes.addressof(tensor)) + tensor.byte_offset
     return {
         "version": 3,
         "typestr": f"{order}u{dtype.itemsize}" if dtype.itemsize > 1 else "|u1",
         "shape": shape,
         "strides": strides,
-        "data": ((tensor.data or 0) + tensor.byte_offset, True),
+        "data": (address, True),
     }
 
 

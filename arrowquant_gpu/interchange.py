@@ -59,9 +59,9 @@ def as_weights(x: object, *, name: str = "weights") -> Weights:
     that makes more than 1024 blocks of under 64 KiB.
 
         >>> import pyarrow as pa
-        >>> w = as_weights(pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float16())))
+        >>> w = as_weights(pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32())))
         >>> w.shape, w.dtype, w.device, w.blocks[0].tolist()
-        ((2, 2), 'float16', 'cpu', [[1.0, 2.0], [3.0, 4.0]])
+        ((2, 2), 'float32', 'cpu', [[1.0, 2.0], [3.0, 4.0]])
         >>> x = np.zeros((4, 8), np.float32)
         >>> np.shares_memory(as_weights(x[::2, ::-1]).blocks[0], x)
         True
@@ -89,6 +89,8 @@ def _arrays(x: Any, name: str) -> tuple[Sequence[Any], str]:
         raise InputError(f"{name}: this tensor is already quantized ({x.scheme.id}); dequantize it first")
     has_dlpack = hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")
     is_arrow = hasattr(x, "__arrow_c_array__") or hasattr(x, "__arrow_c_stream__")
+    if is_arrow and _is_pyarrow(x, "Array"):
+        has_dlpack = False  # pyarrow 18 raises where a list is asked for its device
     if has_dlpack and dlpack.device_of(x, name=name) in (dlpack.CUDA, dlpack.CUDA_MANAGED):
         array = dlpack.device_array(x, name=name)
         return [array], f"cuda:{array.device.id}"
@@ -111,7 +113,7 @@ def _unmasked(x: Any, name: str) -> NDArray[Any]:
 
 def _from_buffer(x: Any, name: str) -> NDArray[Any]:
     called = f"{type(x).__module__}.{type(x).__qualname__}"
-    if isinstance(x, bytes | bytearray | mmap.mmap) or _is_arrow_buffer(x):
+    if isinstance(x, bytes | bytearray | mmap.mmap) or _is_pyarrow(x, "Buffer"):
         raise InputError(f"{name}: {called} has no element type; pass np.frombuffer(x, dtype)")
     try:
         view = memoryview(x)
@@ -126,9 +128,10 @@ def _from_buffer(x: Any, name: str) -> NDArray[Any]:
         raise InputError(f"{name}: {called} with buffer format {view.format!r} cannot be read as weights") from e
 
 
-def _is_arrow_buffer(x: object) -> bool:
+def _is_pyarrow(x: object, kind: str) -> bool:
+    """Whether `x` is an instance of a pyarrow class. Does not import pyarrow: if nobody has, it is not."""
     pa = sys.modules.get("pyarrow")
-    return pa is not None and isinstance(x, pa.Buffer)
+    return pa is not None and isinstance(x, getattr(pa, kind))
 
 
 def _weight_dtype(dtype: Any, name: str) -> str:

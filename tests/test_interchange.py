@@ -67,6 +67,13 @@ def values_span(a: pa.Array) -> tuple[int, int]:
     return buffer.address, buffer.address + buffer.size
 
 
+NESTS = (
+    lambda a, n: pa.ListArray.from_arrays(pa.array(range(0, len(a) + 1, n), pa.int32()), a),
+    lambda a, n: pa.LargeListArray.from_arrays(pa.array(range(0, len(a) + 1, n), pa.int64()), a),
+    pa.FixedSizeListArray.from_arrays,
+)
+
+
 class TestNumpy:
     @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
     @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4), (1, 1, 6), (0,), (0, 8), (3, 0), (2, 0, 3)])
@@ -130,10 +137,9 @@ class TestArrow:
     def test_nested_lists_sliced_and_chunked(self, data: st.DataObject) -> None:
         shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=4, min_side=1, max_side=5))
         x = sample(shape, data.draw(st.sampled_from([np.float16, np.float32, np.float64, np.int32])))
-        kind = pa.from_numpy_dtype(x.dtype)
+        whole = pa.array(x.ravel())
         for n in reversed(shape[1:]):
-            kind = data.draw(st.sampled_from([pa.list_(kind), pa.large_list(kind), pa.list_(kind, n)]))
-        whole = pa.array(x.tolist(), kind)
+            whole = data.draw(st.sampled_from(NESTS))(whole, n)
         start = data.draw(st.integers(0, shape[0] - 1))
         stop = data.draw(st.integers(start + 1, shape[0]))
         check(as_weights(whole[start:stop]), x[start:stop], values_span(whole))

@@ -120,6 +120,7 @@ REFUSED = {
     "dlpack float4": (DlpackProducer(np.zeros(2, np.uint8), code=17, bits=4), r"DLPack dtype float4_e2m1fn with 4"),
     "dlpack lanes": (DlpackProducer(np.zeros(2, np.float32), lanes=4), r"DLPack dtype float with 32 bits and 4 lanes"),
     "dlpack unknown": (DlpackProducer(np.zeros(2, np.float32), code=77), r"DLPack dtype of code 77"),
+    "dlpack null": (DlpackProducer(np.zeros((2, 3)), data=None), r"DlpackProducer exports shape \[2, 3\] and no data"),
     "dlpack 2.0": (DlpackProducer(np.zeros(2, np.float32), major=2), r"exports DLPack 2\.0; this reads 1\.x"),
 }
 
