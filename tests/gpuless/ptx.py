@@ -11,14 +11,14 @@ GPU. An instruction that is not modelled is an error.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .arguments import Pointer, bind, dimensions
+from .arguments import Bound, Pointer, bind, dimensions
 from .errors import KernelFault
 from .ptx_decode import decode
-from .ptx_machine import Machine
+from .ptx_machine import Machine, Triple
 from .ptx_memory import GlobalMemory
 from .ptx_parse import Entry, parse
 
@@ -51,6 +51,12 @@ class PtxFunction:
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[object], shared_mem: int = 0) -> None:
         """Run the grid on NumPy arrays in place. KernelFault where the launch or the kernel is wrong."""
+        self.prepare(grid, block, args, shared_mem)()
+
+    def prepare(
+        self, grid: Sequence[int], block: Sequence[int], args: Sequence[object], shared_mem: int = 0
+    ) -> Callable[[], None]:
+        """Check a launch now, and return the function that runs it: a stream runs kernels later."""
         entry = self.entry
         if shared_mem:
             raise KernelFault(f"{entry.name}: {shared_mem} bytes of dynamic shared memory, and no kernel here has any")
@@ -59,6 +65,11 @@ class PtxFunction:
         if entry.max_threads and per_block > entry.max_threads:
             raise KernelFault(f"{entry.name}: blocks of {per_block} threads, compiled for at most {entry.max_threads}")
         bound = bind(args, entry.parameters, entry.name)
+        return lambda: self._run(wide_grid, wide_block, bound)
+
+    def _run(self, grid: Triple, block: Triple, bound: Bound) -> None:
+        entry = self.entry
+        per_block = block[0] * block[1] * block[2]
         memory = GlobalMemory(bound.allocations, entry.constants)
         parameters = {
             parameter.name: memory.address(value.allocation, value.offset).to_bytes(8, "little")
@@ -67,12 +78,12 @@ class PtxFunction:
             for parameter, value in zip(entry.parameters, bound.values, strict=True)
         }
         self.executed = Counter()
-        n_blocks = wide_grid[0] * wide_grid[1] * wide_grid[2]
+        n_blocks = grid[0] * grid[1] * grid[2]
         at_once = max(1, THREADS_AT_ONCE // (-(-per_block // 32) * 32))
         with np.errstate(all="ignore"):
             for first in range(0, n_blocks, at_once):
                 blocks = np.arange(first, min(n_blocks, first + at_once))
-                machine = Machine(entry, self.steps, memory, parameters, wide_grid, wide_block, blocks)
+                machine = Machine(entry, self.steps, memory, parameters, grid, block, blocks)
                 try:
                     machine.run()
                 except KernelFault as fault:

@@ -10,7 +10,7 @@ from .errors import KernelFault
 from .ptx_decode import Step
 from .ptx_memory import GlobalMemory, SharedMemory
 from .ptx_parse import Entry, width
-from .ptx_race import Epochs
+from .ptx_race import Epochs, Threads
 from .ptx_warp import lanes_of
 
 Triple = tuple[int, int, int]
@@ -34,7 +34,7 @@ class Machine:
         self.entry, self.steps, self.memory, self.parameters = entry, steps, memory, parameters
         self.executed: Counter[str] = Counter()
         per_block = block[0] * block[1] * block[2]
-        padded = -(-per_block // 32) * 32
+        padded = self.padded = -(-per_block // 32) * 32
         self.n_threads = padded * blocks.size
         self.thread = np.tile(np.arange(padded), blocks.size)
         self.block = np.repeat(np.arange(blocks.size), padded)
@@ -85,14 +85,20 @@ class Machine:
         """[threads, count] unsigned values from one state space."""
         if space == "shared":
             return self.shared.load(self.block[select], places, n_bytes, count, self.thread[select])
-        return self.memory.load(places, n_bytes, count, self.global_thread[select])
+        return self.memory.load(places, n_bytes, count, self._threads(select))
 
     def store(self, space: str, places: np.ndarray, values: np.ndarray, select: np.ndarray | slice) -> None:
         """Store [threads, count] unsigned values to one state space."""
         if space == "shared":
             self.shared.store(self.block[select], places, values, self.thread[select])
         else:
-            self.memory.store(places, values, self.global_thread[select])
+            self.memory.store(places, values, self._threads(select))
+
+    def _threads(self, select: np.ndarray | slice) -> Threads:
+        epochs = self.epochs
+        return Threads(
+            self.global_thread[select], self.padded, epochs.block[self.block[select]], epochs.warp[self.warp[select]]
+        )
 
     def run(self) -> None:
         """Run all threads to their end. KernelFault with the line of the instruction at fault."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import KernelFault
 from .ptx_integers import integer_dtype
-from .ptx_race import Epochs, GlobalShadow, SharedShadow
+from .ptx_race import Epochs, GlobalShadow, SharedShadow, Threads
 
 OFFSET_BITS = 40
 OFFSET_MASK = (1 << OFFSET_BITS) - 1
@@ -48,7 +48,7 @@ class GlobalMemory:
                 raise KernelFault(f"access out of bounds: byte {int(offsets.max()) + n_bytes} of {size}")
             yield int(number), which, offsets
 
-    def load(self, addresses: np.ndarray, n_bytes: int, count: int, threads: np.ndarray) -> np.ndarray:
+    def load(self, addresses: np.ndarray, n_bytes: int, count: int, threads: Threads) -> np.ndarray:
         """[threads, count] unsigned values of `n_bytes` each."""
         result = np.empty((addresses.size, count), f"u{n_bytes}")
         for number, which, offsets in self._parts(addresses, n_bytes * count):
@@ -56,7 +56,7 @@ class GlobalMemory:
             result[which] = self._cells(number, n_bytes, count)[offsets // (n_bytes * count)]
         return result
 
-    def store(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+    def store(self, addresses: np.ndarray, values: np.ndarray, threads: Threads) -> None:
         """Store [threads, count] unsigned values."""
         n_bytes, count = values.dtype.itemsize, values.shape[1]
         for number, which, offsets in self._parts(addresses, n_bytes * count):

@@ -2,9 +2,12 @@
 
 A barrier orders all threads of a block, __syncwarp the lanes of a warp, and nothing orders different blocks. Two
 accesses of one byte by different threads, one of them a write, are a fault unless one of these lies between them.
+In global memory a read before another thread's write is not seen.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,48 +16,75 @@ from .errors import KernelFault
 NOBODY, SEVERAL, ATOMIC = -1, -2, -3
 
 
-class GlobalShadow:
-    """The last writer of every byte of one allocation, over a whole launch."""
-
-    def __init__(self, n_bytes: int):
-        self.writer = np.full(-(-n_bytes // 16) * 16, NOBODY, np.int32)
-        self.written = False
-
-    def _cells(self, offsets: np.ndarray, n_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.writer.reshape(-1, n_bytes), offsets // n_bytes
-
-    def read(self, offsets: np.ndarray, n_bytes: int, threads: np.ndarray) -> None:
-        if self.written:
-            cells, rows = self._cells(offsets, n_bytes)
-            self._refuse((cells[rows] != NOBODY) & (cells[rows] != threads[:, None]), "reads what another thread wrote")
-
-    def write(self, offsets: np.ndarray, n_bytes: int, threads: np.ndarray) -> None:
-        cells, rows = self._cells(offsets, n_bytes)
-        if self.written:
-            self._refuse((cells[rows] != NOBODY) & (cells[rows] != threads[:, None]), "two threads write one address")
-        cells[rows] = threads[:, None]
-        self._refuse(cells[rows] != threads[:, None], "two threads write one address")
-        self.written = True
-
-    def update(self, offsets: np.ndarray, n_bytes: int) -> None:
-        """An atomic operation, which only other atomic ones may meet."""
-        cells, rows = self._cells(offsets, n_bytes)
-        self._refuse((cells[rows] != NOBODY) & (cells[rows] != ATOMIC), "an atomic operation meets a plain write")
-        cells[rows] = ATOMIC
-        self.written = True
-
-    @staticmethod
-    def _refuse(clash: np.ndarray, what: str) -> None:
-        if clash.any():
-            raise KernelFault(f"race in global memory: {what}")
-
-
 class Epochs:
     """How many barriers each block, and how many __syncwarp each warp, has passed."""
 
     def __init__(self, n_blocks: int, n_warps: int):
         self.block = np.zeros(n_blocks, np.int32)
         self.warp = np.zeros(n_warps, np.int32)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """The threads that do an access: their number in the whole grid, and the epochs they are in.
+
+    Blocks are padded to whole warps, `per_block` threads each, so that a number tells the block and the warp.
+    """
+
+    number: np.ndarray
+    per_block: int
+    block_epoch: np.ndarray
+    warp_epoch: np.ndarray
+
+    def __getitem__(self, which: np.ndarray | slice) -> Threads:
+        return Threads(self.number[which], self.per_block, self.block_epoch[which], self.warp_epoch[which])
+
+
+class GlobalShadow:
+    """The last writer of every byte of one allocation, over a whole launch."""
+
+    def __init__(self, n_bytes: int):
+        size = -(-n_bytes // 16) * 16
+        self.writer = np.full(size, NOBODY, np.int32)
+        self.block_epoch, self.warp_epoch = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self.written = False
+
+    def read(self, offsets: np.ndarray, n_bytes: int, who: Threads) -> None:
+        if self.written:
+            self._refuse_unordered(offsets, n_bytes, who, "reads what another thread wrote")
+
+    def write(self, offsets: np.ndarray, n_bytes: int, who: Threads) -> None:
+        if self.written:
+            self._refuse_unordered(offsets, n_bytes, who, "two threads write one address")
+        rows, number = offsets // n_bytes, who.number[:, None]
+        writer = self.writer.reshape(-1, n_bytes)
+        writer[rows] = number
+        if (writer[rows] != number).any():
+            raise KernelFault("race in global memory: two threads write one address at once")
+        self.block_epoch.reshape(-1, n_bytes)[rows] = who.block_epoch[:, None]
+        self.warp_epoch.reshape(-1, n_bytes)[rows] = who.warp_epoch[:, None]
+        self.written = True
+
+    def update(self, offsets: np.ndarray, n_bytes: int) -> None:
+        """An atomic operation, which only other atomic ones may meet."""
+        writer, rows = self.writer.reshape(-1, n_bytes), offsets // n_bytes
+        if ((writer[rows] != NOBODY) & (writer[rows] != ATOMIC)).any():
+            raise KernelFault("race in global memory: an atomic operation meets a plain write")
+        writer[rows] = ATOMIC
+        self.written = True
+
+    def _refuse_unordered(self, offsets: np.ndarray, n_bytes: int, who: Threads, what: str) -> None:
+        rows = offsets // n_bytes
+        writer = self.writer.reshape(-1, n_bytes)[rows]
+        foreign = (writer != NOBODY) & (writer != who.number[:, None])
+        if not foreign.any():
+            return
+        barrier_since = self.block_epoch.reshape(-1, n_bytes)[rows] < who.block_epoch[:, None]
+        sync_since = self.warp_epoch.reshape(-1, n_bytes)[rows] < who.warp_epoch[:, None]
+        same_block = writer // who.per_block == (who.number // who.per_block)[:, None]
+        same_warp = writer // 32 == (who.number // 32)[:, None]
+        if (foreign & ~(same_block & barrier_since) & ~(same_warp & sync_since)).any():
+            raise KernelFault(f"race in global memory: {what}")
 
 
 class SharedShadow:

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .arguments import Parameter, Pointer, bind, dimensions
+from .arguments import Bound, Parameter, Pointer, bind, dimensions
 from .errors import KernelFault
 from .launcher import launcher
 
 INCLUDE = Path(__file__).with_name("include")
 CACHE = Path(__file__).parents[2] / ".cache" / "shim"
 FLAGS = (
-    *("-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"),
 )
 SANITIZE_FLAGS = (
@@ -136,7 +136,19 @@ class ShimFunction:
         *,
         schedule: Schedule = FORWARD,
     ) -> None:
-        """Run the grid on NumPy arrays in place. KernelFault where the launch, the kernel or a sanitizer fails.
+        """Run the grid on NumPy arrays in place. KernelFault where the launch, the kernel or a sanitizer fails."""
+        self.prepare(grid, block, args, shared_mem, schedule=schedule)()
+
+    def prepare(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[object],
+        shared_mem: int = 0,
+        *,
+        schedule: Schedule = FORWARD,
+    ) -> Callable[[], None]:
+        """Check a launch now, and return the function that runs it: a stream runs kernels later.
 
         Dynamic shared memory has no meaning here: `extern __shared__` does not compile.
         """
@@ -144,11 +156,14 @@ class ShimFunction:
             raise KernelFault(f"{self.entry}: {shared_mem} bytes of dynamic shared memory, and no kernel here has any")
         wide_grid, wide_block = dimensions(grid, block, self.entry)
         bound = bind(args, self.parameters, self.entry)
+        return lambda: self._run([*wide_grid, *wide_block], bound, schedule)
+
+    def _run(self, sizes: list[int], bound: Bound, schedule: Schedule) -> None:
         values = [(v.allocation, v.offset) if isinstance(v, Pointer) else v for v in bound.values]
         contents = [allocation.tobytes() for allocation in bound.allocations]
         try:
             results = self._launcher.call(
-                self.library, "launch", [*wide_grid, *wide_block], schedule.order, schedule.fill, values, contents
+                self.library, "launch", sizes, schedule.order, schedule.fill, values, contents
             )
         except KernelFault as fault:
             raise KernelFault(f"{self.entry}: {fault}") from None

@@ -12,7 +12,7 @@ import signal
 import sys
 
 ALIGNMENT = 256
-CANARY = b"\xc9" * ALIGNMENT
+CANARY = b"\xc9" * (64 * ALIGNMENT)  # wide, so that a kernel that writes too much meets nothing else
 PATIENCE_S = 300  # a kernel that spins for ever is a fault, not a hang
 
 
@@ -66,7 +66,7 @@ class Allocation:
     """Memory aligned like a device allocation: exact under AddressSanitizer, between canaries otherwise."""
 
     libc = ctypes.CDLL(None)
-    margin = ALIGNMENT
+    margin = len(CANARY)
 
     def __init__(self, contents: bytes):
         self.size = len(contents)

@@ -1,0 +1,251 @@
+"""A stand-in for CuPy that runs the CUDA backend unchanged where there is no GPU.
+
+`install` puts modules named cupy, cupy.cuda, cupy.cuda.runtime and cupyx in sys.modules. They have what this package
+uses and nothing else: another name is an AttributeError. Kernels run through the shim (shim.py) or the simulator
+(ptx.py); memory and streams are those of device.py. CuPy checks no arguments of a kernel; here a wrong count, width,
+kind, device, or a host array is a fault.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .device import Allocation, Gpu, Host, Stream, still_there
+from .errors import KernelFault
+
+# (grid, block, arguments, shared memory) -> what a stream has to run; see ShimFunction.prepare.
+Prepare = Callable[[Sequence[int], Sequence[int], Sequence[object], int], Callable[[], None]]
+# (path of a cubin, name of the entry) -> its kernel; see loaders.py.
+Loader = Callable[[Path, str], Prepare]
+
+
+BACKEND = "arrowquant_gpu.backends.cuda"
+
+
+class CUDARuntimeError(RuntimeError):
+    """What the real one is: any failure of a runtime call."""
+
+
+class MemoryPointer:
+    """Where an array's data are."""
+
+    def __init__(self, ptr: int):
+        self.ptr = ptr
+
+
+class DeviceArray:
+    """cupy.ndarray: a row-major array in device memory. The host cannot read it but by copying."""
+
+    __array_priority__ = 100
+
+    def __init__(self, host: Host, allocation: Allocation, contents: np.ndarray):
+        self._host, self._allocation, self._contents = host, allocation, contents
+        self.shape, self.dtype, self.ndim = contents.shape, contents.dtype, contents.ndim
+        self.size, self.nbytes, self.itemsize, self.flags = (
+            contents.size, contents.nbytes, contents.itemsize, contents.flags,
+        )  # fmt: skip
+
+    @property
+    def data(self) -> MemoryPointer:
+        start = self._allocation.bytes.ctypes.data
+        return MemoryPointer(self._allocation.address + self._contents.ctypes.data - start)
+
+    @property
+    def device(self) -> Device:
+        return Device(self._host, self._allocation.device.index)
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
+
+    def _view(self, contents: np.ndarray) -> DeviceArray:
+        return DeviceArray(self._host, self._allocation, contents)
+
+    def reshape(self, *shape: Any) -> DeviceArray:
+        return self._view(self._contents.reshape(*shape))
+
+    def view(self, dtype: Any) -> DeviceArray:
+        return self._view(self._contents.view(dtype))
+
+    def __getitem__(self, key: Any) -> DeviceArray:
+        contents = self._contents[key]
+        if not isinstance(contents, np.ndarray) or contents.base is None:
+            raise KernelFault(f"indexing with {key!r} starts a kernel of CuPy's own")
+        return self._view(contents)
+
+    def set(self, arr: np.ndarray, stream: Any = None) -> None:
+        """Copy a host array in; asynchronous where `arr` is page-locked."""
+        if not isinstance(arr, np.ndarray) or (arr.shape, arr.dtype) != (self.shape, self.dtype):
+            raise ValueError(f"set needs a NumPy array of shape {self.shape} and dtype {self.dtype}")
+        queue = self._queue(stream)
+        self._host.copy_in(self._contents, np.ascontiguousarray(arr), queue)
+
+    def get(self, stream: Any = None, order: str = "C", out: np.ndarray | None = None, blocking: bool = True) -> Any:
+        """Copy to a host array; with blocking=False asynchronous where `out` is page-locked."""
+        if out is None:
+            out = np.empty(self.shape, self.dtype)
+        if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (self.shape, self.dtype):
+            raise ValueError(f"out must be a NumPy array of shape {self.shape} and dtype {self.dtype}")
+        if not out.flags.c_contiguous:
+            raise RuntimeError("out must be C-contiguous")
+        queue = self._queue(stream)
+        self._host.copy_out(out, self._contents, queue)
+        if blocking:
+            queue.run(queue.n_submitted)
+        return out
+
+    def _queue(self, stream: StreamHandle | None) -> Stream:
+        queue = self._host.current_stream() if stream is None else stream.queue
+        if queue.device is not self._allocation.device:
+            raise KernelFault(f"memory of device {self._allocation.device.index} on a stream of {queue.device.index}")
+        return queue
+
+
+class Device:
+    """cupy.cuda.Device: entered, it is the current device of the host."""
+
+    def __init__(self, host: Host, index: int | None = None):
+        self._host = host
+        self.id = host.device_stack[-1] if index is None else index
+
+    def __enter__(self) -> Device:
+        if not 0 <= self.id < len(self._host.gpus):
+            raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+        self._host.device_stack.append(self.id)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._host.device_stack.pop()
+
+    def synchronize(self) -> None:
+        self._host.gpus[self.id].synchronize()
+
+
+class StreamHandle:
+    """cupy.cuda.Stream: entered, it is the current stream of its device."""
+
+    def __init__(self, host: Host, queue: Stream):
+        self._host, self.queue, self.ptr = host, queue, queue.ptr
+
+    def __enter__(self) -> StreamHandle:
+        self._host.stream_stack.append(self.queue)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._host.stream_stack.pop()
+
+    def synchronize(self) -> None:
+        self.queue.run(self.queue.n_submitted)
+
+
+class RawKernel:
+    """cupy.RawKernel, from a cubin. The shim checks what CuPy leaves unchecked."""
+
+    def __init__(self, host: Host, prepare: Prepare):
+        self._host, self._prepare = host, prepare
+
+    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
+        gpu, queue = self._host.gpu, self._host.current_stream()
+        bound = [self._bind(a, gpu) for a in args]
+        run = self._prepare(grid, block, bound, shared_mem)
+        for a in args:
+            if isinstance(a, DeviceArray) and a._allocation.stream is not queue:
+                run = still_there(a._allocation, run, "a kernel")
+        gpu.n_launches += 1
+        queue.submit(run)
+
+    @staticmethod
+    def _bind(a: Any, gpu: Gpu) -> Any:
+        """What CuPy makes of an argument: strides are ignored, and a Python number is 8 bytes wide."""
+        if isinstance(a, DeviceArray):
+            if a._allocation.device is not gpu:
+                raise KernelFault(f"a kernel on device {gpu.index} uses memory of device {a._allocation.device.index}")
+            return a._contents
+        if a is None or isinstance(a, np.generic):
+            return a
+        if isinstance(a, (bool, int, float)):
+            return {bool: np.bool_, int: np.int64, float: np.float64}[type(a)](a)
+        raise TypeError(f"Unsupported type {type(a)}")
+
+
+class RawModule:
+    """cupy.RawModule(path=...): the functions of one cubin."""
+
+    def __init__(self, host: Host, loader: Loader, path: str):
+        if not Path(path).exists():
+            raise CUDARuntimeError(f"CUDA_ERROR_FILE_NOT_FOUND: {path}")
+        self._host, self._loader, self._path = host, loader, Path(path)
+
+    def get_function(self, name: str) -> RawKernel:
+        return RawKernel(self._host, self._loader(self._path, name))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, loader: Loader, n_devices: int = 1, arch: int = 90) -> Host:
+    """Put the stand-in in sys.modules until the test ends. `loader` gives the function for a cubin and an entry.
+
+    Returns the host, through which a test sees devices and streams.
+    """
+    host = Host([Gpu(i, arch) for i in range(n_devices)])
+    cupy, cuda, runtime, cupyx = (_module(n) for n in ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupyx"))
+
+    def empty(shape: Any, dtype: Any = float) -> DeviceArray:
+        dtype = np.dtype(dtype)
+        n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        allocation = host.gpu.allocate(n_bytes, host.current_stream())
+        return DeviceArray(host, allocation, allocation.bytes.view(dtype).reshape(shape))
+
+    def asarray(a: Any, dtype: Any = None) -> DeviceArray:
+        if isinstance(a, DeviceArray):
+            return a
+        source = np.ascontiguousarray(a, dtype)
+        array = empty(source.shape, source.dtype)
+        array.set(source)
+        return array
+
+    def empty_pinned(shape: Any, dtype: Any = float) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        n = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(host.allocate_pinned(n * dtype.itemsize), dtype, n).reshape(shape)
+
+    def properties(index: int) -> dict[str, Any]:
+        if not 0 <= index < len(host.gpus):
+            raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+        gpu = host.gpus[index]
+        major, minor = divmod(gpu.arch, 10)
+        return {
+            "name": b"stand-in", "major": major, "minor": minor, "multiProcessorCount": gpu.multiprocessors,
+        }  # fmt: skip
+
+    vars(cupy).update(
+        cuda=cuda, ndarray=DeviceArray, empty=empty, asarray=asarray,
+        RawModule=lambda path: RawModule(host, loader, path),
+    )  # fmt: skip
+    vars(cuda).update(
+        runtime=runtime,
+        Device=lambda index=None: Device(host, index),
+        Stream=lambda non_blocking=False: StreamHandle(host, host.gpu.stream(non_blocking)),
+        get_current_stream=lambda: StreamHandle(host, host.current_stream()),
+        alloc_pinned_memory=host.allocate_pinned,
+    )
+    vars(runtime).update(
+        getDeviceCount=lambda: len(host.gpus), getDeviceProperties=properties, CUDARuntimeError=CUDARuntimeError
+    )
+    vars(cupyx).update(empty_pinned=empty_pinned)
+    for module in (cupy, cuda, runtime, cupyx):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    # The backend holds the CuPy that it was imported with: import it anew now, and again after the test.
+    monkeypatch.setitem(sys.modules, BACKEND, types.ModuleType(BACKEND))
+    del sys.modules[BACKEND]
+    return host
+
+
+def _module(name: str) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment] - find_spec asks for one
+    return module

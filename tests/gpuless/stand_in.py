@@ -1,0 +1,68 @@
+"""The CUDA backend over the stand-in for CuPy, as it is or with a fault planted in a copy of a source."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import shutil
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from arrowquant_gpu.backends import Backend, nvrtc
+
+from .device import Host
+from .fake_cupy import BACKEND, Loader, install
+from .loaders import stub_build
+
+# (what is replaced, what it is replaced with): the first must occur in the source.
+Edit = tuple[str, str]
+
+
+def backend_over(
+    loader: Loader,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    *,
+    arch: int = 90,
+    n_devices: int = 1,
+    edit: Edit | None = None,
+) -> tuple[Backend, Host]:
+    """The backend of device 0 and the host it runs on, until the test ends.
+
+    Cubins are stubs in `folder`, so that no NVRTC is needed. `edit` plants a fault in a copy of backends/cuda.py.
+    """
+    host = install(monkeypatch, loader, n_devices, arch)
+    monkeypatch.setattr(nvrtc, "build", functools.partial(stub_build, folder))
+    monkeypatch.setattr(nvrtc, "missing", lambda: None)
+    module = importlib.import_module(BACKEND) if edit is None else _edited_backend(edit)
+    backend: Backend = module.CudaBackend(0)
+    return backend, host
+
+
+def edit_kernels(monkeypatch: pytest.MonkeyPatch, folder: Path, edits: Mapping[str, Edit]) -> None:
+    """Let kernels be compiled from a copy of kernels/ in `folder`, with one edit in each of the files named."""
+    shutil.copytree(nvrtc.kernel_dir(), folder / "kernels")
+    for name, edit in edits.items():
+        path = folder / "kernels" / name
+        path.write_text(_applied(path.read_text(), edit, name))
+    monkeypatch.setattr(nvrtc, "kernel_dir", lambda: folder / "kernels")
+
+
+def _edited_backend(edit: Edit) -> types.ModuleType:
+    path = Path(nvrtc.__file__).with_name("cuda.py")
+    module = types.ModuleType(BACKEND)
+    module.__file__, module.__package__ = str(path), BACKEND.rpartition(".")[0]
+    sys.modules[BACKEND] = module  # a NamedTuple looks its module up
+    exec(compile(_applied(path.read_text(), edit, path.name), str(path), "exec"), vars(module))
+    return module
+
+
+def _applied(text: str, edit: Edit, name: str) -> str:
+    old, new = edit
+    if old not in text:
+        raise ValueError(f"{name} has no {old!r} to plant a fault in")
+    return text.replace(old, new)
