@@ -194,8 +194,8 @@ class RowSink(abc.ABC):
                 n_chunks=n_chunks,
                 row_offset=first,
             )
-        batch = batch.append_column("reason", pa.array([entry.reason]))
-        arrays = [*batch.columns, pa.array([row_hash(batch)])]
+        batch = batch.append_column("reason", pa.array([entry.reason], pa.string()))
+        arrays = [*batch.columns, pa.array([row_hash(batch)], pa.string())]
         with target_errors(self.output.target):
             self._write(pa.RecordBatch.from_arrays(arrays, schema=COLUMNS))
 
