@@ -270,7 +270,7 @@ def test_a_file_changed_after_its_header_was_read_is_not_mapped(change: str, tmp
         source.view("w")
 
 
-def test_fingerprint_is_of_headers_and_sizes(tmp_path: Path) -> None:
+def test_fingerprint_is_of_headers_and_samples(tmp_path: Path) -> None:
     a = open_checkpoint(tiny_llama(tmp_path / "a", shards=2)).fingerprint()
     assert re.fullmatch("[0-9a-f]{32}", a)
     assert open_checkpoint(tiny_llama(tmp_path / "b", shards=2)).fingerprint() == a
@@ -278,6 +278,7 @@ def test_fingerprint_is_of_headers_and_sizes(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "b").fingerprint() == a
     assert open_checkpoint(tiny_llama(tmp_path / "c", shards=1)).fingerprint() != a
     assert open_checkpoint(tiny_llama(tmp_path / "d", shards=2, dtype="float16")).fingerprint() != a
+    assert open_checkpoint(tiny_llama(tmp_path / "e", shards=2, seed=1)).fingerprint() != a
     lone = [{"w": np.zeros(3, np.uint8)}, {"w": np.zeros(4, np.uint8)}, {"v": np.zeros(3, np.uint8)}]
     files = [write_safetensors(tmp_path / f"{i}.safetensors", tensors) for i, tensors in enumerate(lone)]
     assert len({open_checkpoint(p).fingerprint() for p in files}) == 3

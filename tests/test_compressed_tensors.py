@@ -234,7 +234,7 @@ def test_config(tmp_path: Path, scheme: str, weights: dict[str, Any]) -> None:
         "version": "0.1.0",
         "scheme": f"{scheme}_bf16",
         "source": "source",
-        "source_fingerprint": open_checkpoint(source).fingerprint(),
+        "source_hash": open_checkpoint(source).fingerprint(),
     }
     assert config == json.loads((source / "config.json").read_text())
 

@@ -174,7 +174,7 @@ def test_manifest_beside_the_output(tmp_path: Path) -> None:
     metadata = stored.schema.metadata
     assert json.loads(metadata[FILES_KEY]) == sorted(p.name for p in (tmp_path / "out").iterdir())
     assert metadata[b"arrowquant.scheme"] == b"int4_g64_bf16"
-    assert metadata[b"arrowquant.source_fingerprint"].decode() == open_checkpoint(source).fingerprint()
+    assert metadata[b"arrowquant.source_hash"].decode() == open_checkpoint(source).fingerprint()
     assert sorted(result.files) == sorted((tmp_path / "out").iterdir())
 
 

@@ -53,7 +53,7 @@ class Checkpoint(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Hash of all headers and sizes: tells whether a source is the one seen before, without reading weights."""
+        """Hash of all headers and of samples of the weights: tells whether a source is the one seen before."""
         ...
 
 

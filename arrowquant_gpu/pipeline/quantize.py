@@ -147,5 +147,5 @@ def provenance(source: Checkpoint, plan: Plan) -> dict[str, str]:
         "version": __version__,
         "scheme": ", ".join(stored),
         "source": name,
-        "source_fingerprint": source.fingerprint(),
+        "source_hash": source.fingerprint(),
     }
