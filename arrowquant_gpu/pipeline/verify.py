@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,21 +210,21 @@ def _unmatched(entries: Mapping[str, Entry], tensors: Mapping[str, TensorInfo]) 
     """Tensors that only one side has. Where both sides lack one of the same kind, the names may have changed."""
     missing = [info for name, info in tensors.items() if name not in entries]
     extra = [entry for name, entry in entries.items() if name not in tensors]
+    first_missing = {_kind(info): info.name for info in reversed(missing)}
+    first_extra = {_kind(entry.info): entry.info.name for entry in reversed(extra)}
     for info in missing:
-        alike = [e.info.name for e in extra if _kind(e.info) == _kind(info)]
-        yield _finding("missing", info, None, f"it is missing{_renamed(alike)}")
+        yield _finding("missing", info, None, f"it is missing{_renamed(first_extra.get(_kind(info)))}")
     for entry in extra:
-        alike = [i.name for i in missing if _kind(i) == _kind(entry.info)]
-        yield _finding("extra", entry.info, entry.scheme, f"the original has no such tensor{_renamed(alike)}")
+        problem = f"the original has no such tensor{_renamed(first_missing.get(_kind(entry.info)))}"
+        yield _finding("extra", entry.info, entry.scheme, problem)
 
 
 def _kind(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
     return info.dtype, info.shape
 
 
-def _renamed(alike: Iterable[str]) -> str:
-    names = sorted(alike)
-    return f"; {names[0]} has its dtype and shape, was it renamed?" if names else ""
+def _renamed(alike: str | None) -> str:
+    return "" if alike is None else f"; {alike} has its dtype and shape, was it renamed?"
 
 
 def _text(value: str | tuple[int, ...]) -> str:
@@ -271,7 +271,7 @@ class _Compare:
         name = entry.info.name
         want = self.original.view(name).reshape(-1)
         figures, steps, over = Figures(), 0.0, -1
-        # Where something is not finite, the figures are not either, and that is a problem.
+        # Where something is not finite, its error in steps is not either.
         with np.errstate(all="ignore"):
             for at, piece in pieces(self.checkpoint, name):
                 assert isinstance(piece, QuantizedTensor)
@@ -281,24 +281,23 @@ class _Compare:
                 x = want[at : at + decoded.size].reshape(decoded.shape)
                 figures.add(x, decoded)
                 in_steps, excess = steps_off(x, decoded, piece)
-                steps = max(steps, float(in_steps.max(initial=0)))
+                steps = float(np.maximum(steps, in_steps.max(initial=0)))
                 bad = np.flatnonzero(~(excess <= 0))
                 if bad.size and over < 0:
                     over = at + int(bad[0]) // in_steps.shape[1] * piece.shape[1]
         least = MIN_COSINE[scheme.bits][scheme.granularity] if self.min_cosine is None else self.min_cosine
-        problem = None
-        if not figures.cosine >= least:
-            problem = f"its cosine {figures.cosine:.6f} is under {least}"
-        elif self.within_step and over >= 0:
-            row = over // rows_and_length(entry.info.shape)[1]
+        row = over // max(1, rows_and_length(entry.info.shape)[1])
+        found = _finding("quantized", entry.info, scheme)._replace(min_cosine=least, max_steps=steps)
+        if not math.isfinite(steps):
+            problem = f"row {row} is not finite, in the original or decoded"
+            return found._replace(cosine=math.nan, sqnr_db=-math.inf, max_error=math.inf, problem=problem)
+        found = found._replace(cosine=figures.cosine, sqnr_db=figures.sqnr_db, max_error=figures.max_error)
+        if figures.cosine < least:
+            return found._replace(problem=f"its cosine {figures.cosine:.6f} is under {least}")
+        if self.within_step and over >= 0:
             problem = f"row {row} has a weight further off than rounding explains (largest: {steps:.3g} steps)"
-        return _finding("quantized", entry.info, scheme, problem)._replace(
-            cosine=figures.cosine,
-            min_cosine=least,
-            sqnr_db=figures.sqnr_db if math.isfinite(figures.max_error) else -math.inf,
-            max_error=figures.max_error,
-            max_steps=steps,
-        )
+            return found._replace(problem=problem)
+        return found
 
 
 def steps_off(
