@@ -81,18 +81,19 @@ def _part(function: F) -> F:
 
 def _kernel(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
     """A kernel of int64 arguments: calling the result gives it compiled, from Numba's disk cache where it is there."""
-    # Numba's cache sees edits of this file only; a new name makes it see those of the other.
-    function.__qualname__ += f"_{zlib.crc32(inspect.getsource(cpu_vectors).encode()):08x}"
-    signature = (types.int64,) * function.__code__.co_argcount
+    signature, name = (types.int64,) * function.__code__.co_argcount, function.__qualname__
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
         for cache in (True, False):
             try:
+                if cache:  # Numba looks for edits in this file only: a new name makes it see those of the other
+                    source = inspect.getsource(cpu_vectors)
+                    function.__qualname__ = f"{name}_{zlib.crc32(source.encode()):08x}"
                 kernel = njit(cache=cache, **_OPTIONS)(function)
                 kernel.compile(signature)
                 break
-            except (OSError, RuntimeError):  # no directory for the cache can be written, or its disk is full
+            except (OSError, RuntimeError):  # no directory for the cache can be written, its disk is full, or no source
                 if not cache:
                     raise
         return kernel  # type: ignore[no-any-return]
