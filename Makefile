@@ -67,8 +67,9 @@ kernels: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## The 
 soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full counts of the sampled suites (hours); record in OUT=benchmarks/results
 	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "soak and not gpu" --record $(OUT)/soak.json
 
-bench: $(call environment,.venv-bench,bench) ## CPU speed beside memcpy and the peers; record in OUT
+bench: $(call environment,.venv-bench,bench) ## CPU speed beside memcpy and the peers, and peak memory; record in OUT
 	$(bench_python) benchmarks/bench_cpu.py --out $(OUT)
+	$(bench_python) benchmarks/bench_memory.py --out $(OUT)
 
 gpu: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) ## On an NVIDIA GPU: its tests and benchmarks; record in OUT (CUDA=12 for older drivers)
 	@$(dev) -m tests.needs gpu || { echo "make gpu needs a machine with an NVIDIA GPU, its driver, and CuPy." >&2; exit 1; }

@@ -38,16 +38,13 @@ def _compiler() -> str | None:
 
 
 def _nvrtc() -> str | None:
-    absent = _absent("cupy", "cuda.bindings.nvrtc", "cuda.pathfinder")
-    if absent:
-        return f"{', '.join(absent)} not installed (extra kernels)"
-    try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
+    from arrowquant_gpu.backends import nvrtc
 
-        load_nvidia_dynamic_lib("nvrtc")
-    except Exception as e:  # its own error types have moved between releases
-        return f"NVRTC cannot be loaded ({str(e).splitlines()[0]})"
-    return None
+    if (reason := nvrtc.missing()) is not None:
+        return reason
+    from cuda.pathfinder import find_nvidia_binary_utility
+
+    return None if find_nvidia_binary_utility("nvdisasm") else "nvdisasm is not installed (extra kernels)"
 
 
 def _interop() -> str | None:

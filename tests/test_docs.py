@@ -132,6 +132,12 @@ def test_every_exit_code_is_documented() -> None:
             assert f"`{c.__name__}`" in documented[c.exit_code], c.__name__
 
 
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {p for p in pages if f"({p})" not in index} == set()
+
+
 def test_readme_names_every_make_target_of_daily_use() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     assert all(f"make {t}" in text for t in ("quickstart", "test", "lint", "gpu", "sanitize"))
