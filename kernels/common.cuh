@@ -53,10 +53,8 @@ struct Team {
   // The range of the whole team, for each of its threads.
   __device__ __forceinline__ Range reduce(Range r) const {
 #pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
-      if (distance < lanes)
-        r.join(__shfl_xor_sync(0xffffffffu, r.hi, distance), __shfl_xor_sync(0xffffffffu, r.lo, distance));
-    }
+    for (int distance = min(lanes, WARP) >> 1; distance > 0; distance >>= 1)
+      r.join(__shfl_xor_sync(0xffffffffu, r.hi, distance), __shfl_xor_sync(0xffffffffu, r.lo, distance));
     return lanes > WARP ? reduce_warps(r) : r;
   }
 
@@ -76,13 +74,17 @@ struct Team {
   }
 };
 
-__device__ __forceinline__ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+// Bytes of a row of codes.
+__device__ __forceinline__ i64 row_bytes(i64 length, int bits) { return (length * bits + 7) / 8; }
 
 __device__ __forceinline__ bool is_aligned(const void* p, unsigned n_bytes) {
   return (reinterpret_cast<u64>(p) & (n_bytes - 1)) == 0;
 }
 
 // Unit number `unit` as (row, index within the row). Tensors without tails arrive as one row, and divide nothing.
+//
+// Units are runs of groups: the fewest groups whose codes end on a byte for every width, which is one where 8 divides
+// its weights.
 struct Position {
   i64 row = 0, index;
 
@@ -91,19 +93,4 @@ struct Position {
     row = unit / per_row;
     index -= row * per_row;
   }
-};
-
-// A row in runs: the fewest groups whose codes end on a byte for every width, which is when 8 divides their weights.
-struct Runs {
-  i64 groups;   // of a row
-  i64 length;   // groups of a run
-  i64 per_row;  // runs of a row
-
-  __device__ __forceinline__ Runs(i64 row_length, i64 group)
-      : groups(ceil_div(row_length, group)),
-        length(min(groups, static_cast<i64>(group % 2   ? 8
-                                            : group % 4 ? 4
-                                            : group % 8 ? 2
-                                                        : 1))),
-        per_row(ceil_div(groups, length)) {}
 };

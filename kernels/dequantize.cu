@@ -5,9 +5,25 @@
 // OUT_T      float, __half or __nv_bfloat16
 #include "codes.cuh"
 
-__device__ __forceinline__ void convert(float v, float& out) { out = v; }
-__device__ __forceinline__ void convert(float v, __half& out) { out = __float2half_rn(v); }
-__device__ __forceinline__ void convert(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+// Two decoded weights, rounded together.
+__device__ __forceinline__ void convert(float a, float b, float2& out) { out = make_float2(a, b); }
+__device__ __forceinline__ void convert(float a, float b, __half2& out) { out = __floats2half2_rn(a, b); }
+__device__ __forceinline__ void convert(float a, float b, __nv_bfloat162& out) { out = __floats2bfloat162_rn(a, b); }
+
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<float> {
+  using type = float2;
+};
+template <>
+struct PairOf<__half> {
+  using type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
 
 // Code j of a stream, decoded. The code is read as the float 2^23 + code; the difference is a small integer, exact.
 __device__ __forceinline__ float decode(u64 stream, int j, float zero, float scale) {
@@ -16,16 +32,18 @@ __device__ __forceinline__ float decode(u64 stream, int j, float zero, float sca
 }
 
 struct alignas(16) Decoded {
-  OUT_T value[CHUNK];
+  PairOf<OUT_T>::type pair[CHUNK / 2];
 
   __device__ __forceinline__ void store(OUT_T* p, int n, bool whole) const {
     if (whole) {
-      *reinterpret_cast<Decoded*>(p) = *this;
+#pragma unroll
+      for (unsigned i = 0; i < sizeof(pair) / 16; ++i)
+        reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(pair)[i];
       return;
     }
 #pragma unroll
     for (int j = 0; j < CHUNK; ++j)
-      if (j < n) p[j] = value[j];
+      if (j < n) p[j] = reinterpret_cast<const OUT_T*>(pair)[j];
   }
 };
 
@@ -39,7 +57,9 @@ __device__ void decode_run(const u8* in, i64 n, OUT_T* out, Stored stored, int g
 #pragma unroll 1
     for (int j = 0; j < m; ++j) {
       stored.index = first + static_cast<int>(i + j) / group;
-      convert(decode(stream, j, stored.zero(), stored.scale()), out[i + j]);
+      PairOf<OUT_T>::type pair;
+      convert(decode(stream, j, stored.zero(), stored.scale()), 0.0f, pair);
+      out[i + j] = *reinterpret_cast<const OUT_T*>(&pair);
     }
   }
 }
@@ -51,26 +71,27 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 4)
                OUT_T* __restrict__ out,        // [rows, length], aligned to its element
                const i64 rows,                 //
                const i64 length,               //
+               const i64 per_row,              // runs of a row
                const int scale_type,           // SCALE_FLOAT32, SCALE_FLOAT16 or SCALE_BFLOAT16
                const i64 group,                // weights of a full group
+               const int run_groups,           // groups of a full run
                const i64 across,               // scales from one row to the next,
                const i64 along,                // and from one group to the next: 1, or 0 where groups share a scale
                const int lanes)                // threads of a team, a power of two up to 32
 {
   // One team for each run of groups.
-  const i64 n_row_bytes = ceil_div(length * BITS, 8);
-  const Runs runs(length, group);
-  const i64 n_runs = rows * runs.per_row, step = static_cast<i64>(gridDim.x) * (BLOCK / lanes);
+  const i64 n_row_bytes = row_bytes(length, BITS), n_runs = rows * per_row;
+  const i64 step = static_cast<i64>(gridDim.x) * (BLOCK / lanes);
   const int lane = threadIdx.x & (lanes - 1);
-  i64 index = static_cast<i64>(blockIdx.x) * (BLOCK / lanes) + threadIdx.x / lanes;
-  for (; index < n_runs; index += step) {
-    const Position at(index, runs.per_row, rows);
-    const i64 start = at.index * runs.length * group, n = min(length - start, runs.length * group);
+  i64 unit = static_cast<i64>(blockIdx.x) * (BLOCK / lanes) + threadIdx.x / lanes;
+  for (; unit < n_runs; unit += step) {
+    const Position at(unit, per_row, rows);
+    const i64 start = at.index * run_groups * group, n = min(length - start, run_groups * group);
     const u8* const in = packed + at.row * n_row_bytes + start / 8 * BITS;
     OUT_T* const to = out + at.row * length + start;
     const bool aligned_in = is_aligned(in, WORD_BYTES), aligned_out = is_aligned(to, 16);
-    Stored stored{scales, zeros, at.row * across + at.index * runs.length * along, scale_type};
-    if (runs.length > 1) {
+    const Stored stored{scales, zeros, at.row * across + at.index * run_groups * along, scale_type};
+    if (run_groups > 1) {
       decode_run(in, n, to, stored, static_cast<int>(group), lane, lanes);
       continue;
     }
@@ -80,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 4)
       const u64 stream = load_packed(in + i / CHUNK * BITS, m, aligned_in && m == CHUNK);
       Decoded d;
 #pragma unroll
-      for (int j = 0; j < CHUNK; ++j) convert(decode(stream, j, zero, scale), d.value[j]);
+      for (int j = 0; j < CHUNK; j += 2)
+        convert(decode(stream, j, zero, scale), decode(stream, j + 1, zero, scale), d.pair[j / 2]);
       d.store(to + i, m, aligned_out && m == CHUNK);
     }
   }

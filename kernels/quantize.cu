@@ -1,7 +1,8 @@
 // Quantize: scale and zero point of every group, then its codes, packed, in one pass over the weights.
 //
-//   code = clamp(rne(x / scale + zero)) + OFFSET      docs/numerics.md; the sequence used and its proof:
-//   docs/kernels.md
+//   code = clamp(rne(x / scale + zero)) + OFFSET
+//
+// docs/numerics.md defines it; docs/kernels.md has the sequence used here and its proof.
 //
 // BITS       2, 3, 4, 5, 6 or 8
 // SYMMETRIC  1 or 0
@@ -95,7 +96,7 @@ struct Held {
     } else {
 #pragma unroll
       for (int i = 0; i < HELD; ++i)
-        store_packed(out + position(i) / CHUNK * BITS, stream[i], min(n - position(i), CHUNK), false);
+        store_packed(out + position(i) / CHUNK * BITS, stream[i], max(0, min(n - position(i), CHUNK)), false);
     }
   }
 };
@@ -105,9 +106,9 @@ struct Held {
 // Decide and store the scale of each group of a run, `stored` being that of the first.
 template <typename Solver>
 __device__ __forceinline__ void decide(const Streamed<IN_T>& run, i64 flat, Stored stored, const Team& team, i64 group,
-                                       i64 n_groups, u64* counters) {
+                                       int n_groups, u64* counters) {
   if constexpr (Solver::DECIDES) {
-    for (i64 k = 0; k < n_groups; ++k, ++stored.index) {
+    for (int k = 0; k < n_groups; ++k, ++stored.index) {
       const i64 before = min(run.n, k * group);
       const Streamed<IN_T> s{run.x + before, min(run.n - before, group), run.lane, run.lanes};
       bool plain;
@@ -154,66 +155,62 @@ __device__ __forceinline__ void encode_group(const Streamed<IN_T>& s, u8* out, c
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 3) quantize(
-    const IN_T* __restrict__ x,         // [rows, length], aligned to its element
-    u8* __restrict__ packed,            // [rows, ceil(length * BITS / 8)]
-    void* scales,                       // [rows, groups of a row], of scale_type; `given` reads it
-    u8* zeros,                          // the same shape; null if symmetric
-    u64* counters,                      // see Counter; flat indices of x and of scales
-    const i64 rows,                     //
-    const i64 length,                   //
-    const int scale_type,               // SCALE_FLOAT32, SCALE_FLOAT16 or SCALE_BFLOAT16
-    [[maybe_unused]] const i64 group,   // GROUP 0: weights of a full group
-    [[maybe_unused]] const i64 across,  // GROUP 0: scales from one row to the next,
-    [[maybe_unused]] const i64 along,   //          and from one group to the next: 1, or 0 where groups share a scale
-    [[maybe_unused]] const int lanes)   // GROUP 0: threads of a team, a power of two up to 32, or 256
+extern "C" __global__ void __launch_bounds__(BLOCK, 3)
+    quantize(const IN_T* __restrict__ x,             // [rows, length], aligned to its element
+             u8* __restrict__ packed,                // [rows, ceil(length * BITS / 8)]
+             void* scales,                           // [rows, groups of a row], of scale_type; `given` reads it
+             u8* zeros,                              // the same shape; null if symmetric
+             u64* counters,                          // see Counter; flat indices of x and of scales
+             const i64 rows,                         //
+             const i64 length,                       //
+             const i64 per_row,                      // runs of a row
+             const int scale_type,                   // SCALE_FLOAT32, SCALE_FLOAT16 or SCALE_BFLOAT16
+             [[maybe_unused]] const i64 group,       // GROUP 0: weights of a full group
+             [[maybe_unused]] const int run_groups,  // GROUP 0: groups of a full run
+             [[maybe_unused]] const i64 across,      // GROUP 0: scales from one row to the next,
+             [[maybe_unused]] const i64 along,  // and from one group to the next: 1, or 0 where groups share a scale
+             [[maybe_unused]] const int lanes)  // GROUP 0: threads of a team, a power of two up to 32, or 256
 {
-  const i64 n_row_bytes = ceil_div(length * BITS, 8);
+  const i64 n_row_bytes = row_bytes(length, BITS), n_units = rows * per_row;
 #if GROUP
-  // One team for each group. A warp leaves the loop as one, since its teams reduce together.
   const Team team(LANES);
-  const i64 per_row = ceil_div(length, GROUP), n_groups = rows * per_row;
-  const i64 step = static_cast<i64>(gridDim.x) * (BLOCK / LANES);
-  i64 index = static_cast<i64>(blockIdx.x) * (BLOCK / LANES) + threadIdx.x / LANES;
-  const int ahead = threadIdx.x % WARP / LANES;
-  for (; index - ahead < n_groups; index += step) {
-    const Position at(index, per_row, rows);
+#else
+  const Team team(lanes);
+#endif
+  // One team for each unit. A warp leaves the loop as one, since its teams reduce together.
+  const i64 step = static_cast<i64>(gridDim.x) * (BLOCK / team.lanes);
+  i64 unit = static_cast<i64>(blockIdx.x) * (BLOCK / team.lanes) + threadIdx.x / team.lanes;
+  const int ahead = threadIdx.x % WARP / team.lanes;
+  for (; unit - ahead < n_units; unit += step) {
+    const Position at(unit, per_row, rows);
+#if GROUP
     const i64 start = at.index * GROUP, flat = at.row * length + start;
-    const int n = index < n_groups ? static_cast<int>(min(length - start, static_cast<i64>(GROUP))) : 0;
+    const int n = unit < n_units ? static_cast<int>(min(length - start, static_cast<i64>(GROUP))) : 0;
     const IN_T* const xg = x + flat;
     u8* const out = packed + at.row * n_row_bytes + at.index * (GROUP / 8 * BITS);
     const Held held(xg, n, team.lane, n == GROUP && is_aligned(xg, 16));
     bool plain;
     const Params p = SOLVER::solve(held, team, scale_type, plain);
-    if (team.lane == 0 && n > 0) Stored{scales, zeros, index, scale_type}.write(p.scale, p.zero);
+    if (team.lane == 0 && n > 0) Stored{scales, zeros, unit, scale_type}.write(p.scale, p.zero);
     if (plain) {
       held.encode(p, out, n, n == GROUP && is_aligned(out, WORD_BYTES));
     } else {
       const Streamed<IN_T> streamed{xg, n, team.lane, LANES};
-      report(p, streamed, flat, index, counters);
+      report(p, streamed, flat, unit, counters);
       encode_streamed(streamed, out, p);
     }
-  }
 #else
-  // One team for each run of groups.
-  const Team team(lanes);
-  const Runs runs(length, group);
-  const i64 n_runs = rows * runs.per_row, step = static_cast<i64>(gridDim.x) * (BLOCK / lanes);
-  i64 index = static_cast<i64>(blockIdx.x) * (BLOCK / lanes) + threadIdx.x / lanes;
-  const int ahead = threadIdx.x % WARP / lanes;
-  for (; index - ahead < n_runs; index += step) {
-    const Position at(index, runs.per_row, rows);
-    const i64 start = at.index * runs.length * group, flat = at.row * length + start;
-    const i64 n = index < n_runs ? min(length - start, runs.length * group) : 0;
+    const i64 start = at.index * run_groups * group, flat = at.row * length + start;
+    const i64 n = unit < n_units ? min(length - start, run_groups * group) : 0;
     u8* const out = packed + at.row * n_row_bytes + start / 8 * BITS;
     const Streamed<IN_T> run{x + flat, n, team.lane, lanes};
-    const Stored stored{scales, zeros, at.row * across + at.index * runs.length * along, scale_type};
-    decide<SOLVER>(run, flat, stored, team, group, runs.length, counters);
+    const Stored stored{scales, zeros, at.row * across + at.index * run_groups * along, scale_type};
+    decide<SOLVER>(run, flat, stored, team, group, run_groups, counters);
     if (n == 0) continue;
-    if (runs.length == 1)
+    if (run_groups == 1)
       encode_group(run, out, stored);
     else
       encode_run(run, out, stored, static_cast<int>(group));
-  }
 #endif
+  }
 }

@@ -221,7 +221,7 @@ class _Cut(NamedTuple):
 
     @property
     def run_groups(self) -> int:
-        """Groups that one team of threads handles, `Runs` of kernels/common.cuh: their codes end on a byte."""
+        """Groups that one team of threads handles: the fewest whose codes end on a byte, whatever their width."""
         return min(-(-self.length // self.group), 8 // math.gcd(8, self.group))
 
     @property
@@ -230,8 +230,12 @@ class _Cut(NamedTuple):
         return min(self.length, self.run_groups * self.group)
 
     @property
+    def runs_per_row(self) -> int:
+        return -(-self.length // (self.run_groups * self.group))
+
+    @property
     def n_runs(self) -> int:
-        return self.rows * -(-self.length // (self.run_groups * self.group))
+        return self.rows * self.runs_per_row
 
     def warp_lanes(self, least: int) -> int:
         """Threads of a warp that share a run: a power of two."""
@@ -239,8 +243,12 @@ class _Cut(NamedTuple):
         return max(least, min(32, 1 << (wanted - 1).bit_length()))
 
     def args(self, scheme: Scheme) -> tuple[np.generic, ...]:
-        sizes = (np.int64(n) for n in (self.group, self.across, self.along))
-        return (np.int64(self.rows), np.int64(self.length), np.int32(_SCALE_TYPES[scheme.scale_dtype]), *sizes)
+        """The arguments from `rows` to `along` that the kernels quantize and dequantize have in common."""
+        return (
+            *(np.int64(self.rows), np.int64(self.length), np.int64(self.runs_per_row)),
+            np.int32(_SCALE_TYPES[scheme.scale_dtype]),
+            *(np.int64(self.group), np.int32(self.run_groups), np.int64(self.across), np.int64(self.along)),
+        )
 
 
 def _bytes(a: Any) -> Any:

@@ -33,6 +33,7 @@ FLAGS = (
     *("--ptxas-options=-v", "--ptxas-options=--warn-on-spills", "--ptxas-options=--warning-as-error"),
 )
 
+TOOLKIT = Path("/usr/local/cuda/include")  # where a toolkit is that no environment variable names
 _INSTALL = "install the extra that fits your driver: pip install 'arrowquant_gpu[cuda13]' or [cuda12]"
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"]+)[>"]', re.MULTILINE)
 
@@ -86,7 +87,7 @@ def include_dir() -> Path:
         from cuda.pathfinder import find_nvidia_header_directory
     except ImportError as e:
         raise DeviceError(f"cuda-pathfinder is not installed; {_INSTALL}") from e
-    for folder in (find_nvidia_header_directory("cudart"), "/usr/local/cuda/include"):
+    for folder in (find_nvidia_header_directory("cudart"), TOOLKIT):
         if folder is not None and Path(folder, "cuda_fp16.h").is_file():
             return Path(folder)
     raise DeviceError(f"the CUDA headers (cuda_fp16.h) are not found; {_INSTALL}, or set CUDA_HOME to a CUDA toolkit")
