@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
-from .cli_progress import progress_bar
+from .cli_progress import compile_time, progress_bar
 from .cli_report import Report
 from .errors import ArrowQuantError, SchemeError
 from .schemes import Scheme
@@ -112,9 +112,9 @@ def quantize(
             return
         picked = pick_device(device)
         options |= {"device": picked.name, "threads": threads, "validate": validate}
-        with progress_bar("quantizing", shown=not quiet) as progress:
+        with progress_bar("quantizing", shown=not quiet) as progress, compile_time(picked) as compiling:
             result = quantize_checkpoint(source, dst, chosen, progress=progress, **options)
-        report.quantized(result, src, dst, picked)
+        report.quantized(result, src, dst, picked, compiling())
 
 
 @app.command(epilog="Example: arrowquant inspect model/")
@@ -157,7 +157,7 @@ def dequantize(
         from .pipeline.dequantize import dequantize_checkpoint
 
         picked = pick_device(device)
-        with progress_bar("decoding", shown=not quiet) as progress:
+        with progress_bar("decoding", shown=not quiet) as progress, compile_time(picked) as compiling:
             result = dequantize_checkpoint(
                 resolve(src),
                 dst,
@@ -167,7 +167,7 @@ def dequantize(
                 threads=threads,
                 progress=progress,
             )
-        report.dequantized(result, src, dst, picked)
+        report.dequantized(result, src, dst, picked, compiling())
 
 
 @app.command(epilog="Example: arrowquant verify model-int4/ --against model/ --min-cosine 0.98")

@@ -1,4 +1,4 @@
-"""The progress bar of the command line: bytes, bytes per second, time left. Silent where stderr is no terminal."""
+"""How a run goes: the progress bar (bytes, bytes per second, time left; only on a terminal), and time for compiling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from .backends import Device
 
 
 @contextlib.contextmanager
@@ -31,3 +33,19 @@ def progress_bar(verb: str, *, shown: bool = True) -> Iterator[Callable[[int, in
             bar.update(task, completed=done, total=total, description=name)
 
         yield update
+
+
+@contextlib.contextmanager
+def compile_time(device: Device) -> Iterator[Callable[[], float]]:
+    """A function that says, after the body, how many seconds of it Numba spent compiling for `device`.
+
+    Without it, the first run on a machine would look a hundred times slower than all others.
+    """
+    if device.name != "cpu":
+        yield lambda: 0.0
+        return
+    from numba.core import event
+
+    seconds: list[float] = []
+    with event.install_timer("numba:compile", seconds.append):
+        yield lambda: sum(seconds)

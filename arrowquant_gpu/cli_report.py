@@ -89,21 +89,22 @@ class Report:
         rows, summary = plan.table.to_pylist(), plan.summary
         self.add(table(rows, _PLAN), _totals(summary, "would be"), *_warnings(summary), summary=summary, tensors=rows)
 
-    def quantized(self, manifest: Manifest, src: str, dst: object, device: Device) -> None:
-        """A finished run: totals, speed, and the worst tensors where they were measured."""
+    def quantized(self, manifest: Manifest, src: str, dst: object, device: Device, compiling: float) -> None:
+        """A finished run: totals, speed, and the worst tensors where they were measured. `compiling`: seconds of it."""
         rows, summary = manifest.table.to_pylist(), manifest.summary
         worst = sorted((r for r in rows if r["cosine"] is not None), key=lambda r: r["cosine"])[:N_WORST]
         measured: list[Table | str] = [f"worst {len(worst)} by cosine:", table(worst, _FIGURES)] if worst else []
         self.add(
             f"{src} -> {dst} ({summary['format']})",
             _totals(summary, "were"),
-            _speed(summary["bytes_before"], summary["seconds"], device),
+            _speed(summary["bytes_before"], summary["seconds"], device, compiling),
             *measured,
             *_warnings(summary),
             source=src,
             target=str(dst),
             device=device._asdict(),
             summary=summary,
+            compile_seconds=compiling,
             tensors=rows,
         )
 
@@ -123,17 +124,18 @@ class Report:
             tensors=rows,
         )
 
-    def dequantized(self, result: Dequantized, src: str, dst: object, device: Device) -> None:
+    def dequantized(self, result: Dequantized, src: str, dst: object, device: Device, compiling: float) -> None:
         """Totals and speed of a decoding run."""
         summary = result.summary
         self.add(
             f"{src} -> {dst} (safetensors)",
             f"{summary['n_decoded']} of {summary['n_tensors']} tensors were decoded: {size(summary['bytes'])}",
-            _speed(summary["bytes"], summary["seconds"], device),
+            _speed(summary["bytes"], summary["seconds"], device, compiling),
             source=src,
             target=str(dst),
             device=device._asdict(),
             summary=summary,
+            compile_seconds=compiling,
             tensors=result.table.to_pylist(),
         )
 
@@ -220,8 +222,10 @@ def _totals(summary: Mapping[str, Any], verb: str) -> str:
     )
 
 
-def _speed(n_bytes: int, seconds: float, device: Device) -> str:
-    return f"{seconds:.2f} s on {device.name} ({device.reason}), {size(n_bytes / max(seconds, 1e-9))}/s"
+def _speed(n_bytes: int, seconds: float, device: Device, compiling: float) -> str:
+    work = max(seconds - compiling, 1e-9)
+    first = f", {compiling:.2f} s of them compiling kernels that are cached now" if compiling > 0.05 else ""
+    return f"{seconds:.2f} s on {device.name} ({device.reason}){first}; {size(n_bytes / work)}/s"
 
 
 def _warnings(summary: Mapping[str, Any]) -> list[str]:
