@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,10 +28,10 @@ class DType:
     safetensors: str
     bits: int
     is_float: bool
-    numpy: np.dtype | None
+    numpy: np.dtype[Any] | None
 
 
-def _row(name: str, safetensors: str, bits: int, is_float: bool, scalar: object) -> tuple[str, DType]:
+def _row(name: str, safetensors: str, bits: int, is_float: bool, scalar: type | None) -> tuple[str, DType]:
     return name, DType(name, safetensors, bits, is_float, None if scalar is None else np.dtype(scalar))
 
 
@@ -79,7 +80,7 @@ def from_safetensors(name: str) -> DType | None:
     return _BY_SAFETENSORS.get(name)
 
 
-def from_numpy(dtype: np.dtype | type) -> DType:
+def from_numpy(dtype: np.dtype[Any] | type) -> DType:
     """The table row of a NumPy or ml_dtypes dtype.
 
     Raises InputError for byte-swapped arrays and for types outside the table (strings, objects, complex128, ...).

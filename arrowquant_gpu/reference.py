@@ -16,7 +16,7 @@ rounded to nearest even. Nothing here is fast, and nothing here may be changed f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ class Findings(NamedTuple):
     first_overflow: int = -1
 
 
-def to_float32(x: NDArray) -> NDArray[np.float32]:
+def to_float32(x: NDArray[Any]) -> NDArray[np.float32]:
     """Convert to float32 with one rounding; values beyond its range become infinite (and are then refused)."""
     with np.errstate(over="ignore"):
         return np.asarray(x).astype(F32)
@@ -76,7 +76,7 @@ def group_range(x: NDArray[np.float32], scheme: Scheme) -> tuple[NDArray[np.floa
 
 def scales_and_zeros(
     lo: NDArray[np.float32], hi: NDArray[np.float32], scheme: Scheme
-) -> tuple[NDArray, NDArray[np.uint8] | None, Findings]:
+) -> tuple[NDArray[Any], NDArray[np.uint8] | None, Findings]:
     """The `minmax` solver: the scale as stored, the zero point as stored (None if symmetric), and overflows.
 
     Formulas: compressed-tensors, `calculate_qparams`; docs/numerics.md, sections 4 and 5.
@@ -102,7 +102,7 @@ def scales_and_zeros(
     return stored.astype(DTYPES[scheme.scale_dtype].numpy), zeros, findings
 
 
-def spread(per_group: NDArray, shape: tuple[int, int], scheme: Scheme) -> NDArray:
+def spread(per_group: NDArray[Any], shape: tuple[int, int], scheme: Scheme) -> NDArray[Any]:
     """Repeat one value per group to one value per weight of a [rows, length] tensor."""
     length = shape[1]
     if per_group.size == 0 or scheme.granularity == "tensor":
@@ -110,14 +110,17 @@ def spread(per_group: NDArray, shape: tuple[int, int], scheme: Scheme) -> NDArra
     return np.repeat(per_group, scheme.group_length(length), axis=1)[:, :length]
 
 
-def encode(x: NDArray[np.float32], scales: NDArray, zeros: NDArray | None, scheme: Scheme) -> NDArray[np.uint8]:
+def encode(
+    x: NDArray[np.float32], scales: NDArray[Any], zeros: NDArray[Any] | None, scheme: Scheme
+) -> NDArray[np.uint8]:
     """Stored codes, one per byte, shape of `x` [rows, length]: clamp(rne(x / scale + zero)) in signed codes."""
     with np.errstate(all="ignore"):
         q = x / spread(scales.astype(F32), x.shape, scheme)
         if zeros is not None:
             q = q + (spread(zeros, x.shape, scheme).astype(F32) - F32(scheme.offset))
         q = np.clip(np.rint(q), -scheme.offset, scheme.offset - 1)
-    return (q + scheme.offset).astype(np.uint8)
+    codes: NDArray[np.uint8] = (q + scheme.offset).astype(np.uint8)
+    return codes
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -132,7 +135,9 @@ def unpack(packed: NDArray[np.uint8], bits: int, length: int) -> NDArray[np.uint
     return np.packbits(stream.reshape(packed.shape[0], length, bits), axis=-1, bitorder="little")[..., 0]
 
 
-def quantize(x: NDArray, scheme: Scheme) -> tuple[NDArray[np.uint8], NDArray, NDArray[np.uint8] | None, Findings]:
+def quantize(
+    x: NDArray[Any], scheme: Scheme
+) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8] | None, Findings]:
     """Quantize a [rows, length] tensor of any numeric type: packed codes, scales, zero points, findings.
 
     Where the findings count anything, the other three are not defined.
@@ -149,15 +154,16 @@ def quantize(x: NDArray, scheme: Scheme) -> tuple[NDArray[np.uint8], NDArray, ND
 
 def dequantize(
     packed: NDArray[np.uint8],
-    scales: NDArray,
+    scales: NDArray[Any],
     zeros: NDArray[np.uint8] | None,
     scheme: Scheme,
     length: int,
     dtype: str = "float32",
-) -> NDArray:
+) -> NDArray[Any]:
     """(code - zero) * scale in float32, then one rounding to `dtype`: an array [rows, length]."""
     codes = unpack(packed, scheme.bits, length).astype(F32)
     shape = codes.shape
     zero = F32(scheme.offset) if zeros is None else spread(zeros, shape, scheme).astype(F32)
     with np.errstate(over="ignore", under="ignore"):
-        return ((codes - zero) * spread(scales.astype(F32), shape, scheme)).astype(DTYPES[dtype].numpy)
+        weights: NDArray[np.float32] = (codes - zero) * spread(scales.astype(F32), shape, scheme)
+        return weights.astype(DTYPES[dtype].numpy)

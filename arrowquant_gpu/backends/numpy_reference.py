@@ -36,7 +36,7 @@ class ReferenceBackend:
         zeros: NDArray[np.uint8] | None,
     ) -> Findings:
         packed[...], scales[...], zero_points, findings = reference.quantize(x, scheme)
-        if zeros is not None:
+        if zeros is not None and zero_points is not None:  # both or neither
             zeros[...] = zero_points
         return findings
 
