@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import resource
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import strategies as st
 
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
@@ -278,6 +280,21 @@ class RowFileTests:
         assert len(model.entries) > 250
         assert_holds(self.write(tmp_path / f"m{self.suffix}", model, rows=3), model)
 
+    def check_any_cutting(self, data: st.DataObject) -> None:
+        """Chunks and the engine's blocks may fall anywhere. (Hypothesis wants a test in each subclass.)"""
+        model = Model()
+        for i in range(2):
+            shape = (*data.draw(st.lists(st.integers(0, 5), max_size=2)), data.draw(st.integers(0, 70)))
+            x = np.random.default_rng(i).standard_normal(shape).astype(np.float32)
+            model.quantized(f"q{i}", x, data.draw(st.sampled_from(SCHEMES)))
+            model.copied(f"c{i}", x, shape, "float32")
+        chunk = data.draw(st.sampled_from([64, 256, 1024, 1 << 24]))
+        rows, n_bytes = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 5000))
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(v2_extended, "CHUNK_BYTES", chunk)
+            path = self.write(Path(folder) / f"m{self.suffix}", model, rows=rows, n_bytes=n_bytes)
+            assert_holds(path, model)
+
     @pytest.mark.usefixtures("chunked")
     @pytest.mark.parametrize("compression", [None, "zstd"])
     def test_every_shape_and_dtype_is_copied(self, tmp_path: Path, compression: str | None) -> None:
@@ -388,6 +405,22 @@ class RowFileTests:
                 open_quantized(file)
             assert message in str(e.value)
             assert str(file) in str(e.value)
+
+    @pytest.mark.parametrize(
+        ("column", "other"),
+        [
+            ("data", pa.binary()),
+            ("scales", pa.large_list(pa.float64())),
+            ("chunk", pa.int64()),
+            ("scheme", pa.binary()),
+        ],
+    )
+    def test_a_column_of_another_type_is_refused(self, file: Path, column: str, other: pa.DataType) -> None:
+        schema, batches = self.read_batches(file)
+        changed = schema.set(schema.get_field_index(column), pa.field(column, other))
+        self.write_batches(file, changed, [b.cast(changed) for b in batches])
+        with pytest.raises(SourceError, match=f"there is no column {column} of"):
+            open_quantized(file)
 
     def test_a_truncated_file_is_refused(self, file: Path) -> None:
         whole = file.read_bytes()

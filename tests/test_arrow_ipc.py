@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arrowquant_gpu.errors import SourceError
 from arrowquant_gpu.formats.arrow_ipc import ArrowCheckpoint, ArrowSink
@@ -31,6 +33,10 @@ class TestArrowIpc(RowFileTests):
         with pa.ipc.new_file(path, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
+
+    @given(st.data())
+    def test_any_cutting_comes_back(self, data: st.DataObject) -> None:
+        self.check_any_cutting(data)
 
     def test_blocks_are_views_of_the_mapped_file(self, tmp_path: Path) -> None:
         file = self.write(tmp_path / "m.arrow", small_model())

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from arrowquant_gpu import reference
 from arrowquant_gpu.errors import SourceError
@@ -34,6 +36,10 @@ class TestParquet(RowFileTests):
         with pq.ParquetWriter(path, schema) as writer:
             for batch in batches:
                 writer.write_table(pa.Table.from_batches([batch]))
+
+    @given(st.data())
+    def test_any_cutting_comes_back(self, data: st.DataObject) -> None:
+        self.check_any_cutting(data)
 
     def test_int4_decodes_with_five_lines_of_numpy(self, tmp_path: Path) -> None:
         x = np.random.default_rng(2).standard_normal((12, 320)).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import itertools
 import json
 import math
 import threading
@@ -119,33 +120,22 @@ class RowCheckpoint(abc.ABC):
 
     def _read_index(self, index: pa.Table) -> None:
         """Fill `entries` and `_rows`: the rows of a tensor follow each other, all of them are there, and agree."""
-        shared: dict[str, tuple[Any, ...]] = {}
-        last = None
-        for i, row in enumerate(index.to_pylist()):
-            name = row["layer_name"]
-            if name is None or row["chunk"] is None or row["n_chunks"] is None:
-                raise SourceError(f"{self.path}: row {i} has no layer_name, chunk or n_chunks")
-            values = tuple(row[key] for key in _SHARED)
-            if name not in shared:
-                self._check_complete(last)
-                shared[name], last = values, name
-                self._rows[name] = []
-                self.entries[name] = self._entry(name, row)
-            elif name != last:
-                raise self._error(name, f"row {i} holds this name a second time")
-            if values != shared[name]:
-                raise self._error(name, f"row {i} differs from the first one of this tensor in {', '.join(_SHARED)}")
-            if row["chunk"] != len(self._rows[name]):
-                raise self._error(name, f"row {i} is part {row['chunk']}, where part {len(self._rows[name])} must be")
-            self._rows[name].append(i)
-            if len(self._rows[name]) > row["n_chunks"]:
-                raise self._error(name, f"there are more than {row['n_chunks']} parts")
-            self._n_chunks = row["n_chunks"]
-        self._check_complete(last)
-
-    def _check_complete(self, name: str | None) -> None:
-        if name is not None and len(self._rows[name]) != self._n_chunks:
-            raise self._error(name, f"{len(self._rows[name])} of its {self._n_chunks} parts are there")
+        for name, group in itertools.groupby(enumerate(index.to_pylist()), lambda numbered: numbered[1]["layer_name"]):
+            numbered = list(group)
+            at, first = numbered[0]
+            if name is None:
+                raise SourceError(f"{self.path}: row {at} has no layer_name")
+            if name in self.entries:
+                raise self._error(name, f"row {at} holds this name a second time")
+            for part, (i, row) in enumerate(numbered):
+                if row["chunk"] != part:
+                    raise self._error(name, f"row {i} is part {row['chunk']}, where part {part} must be")
+                if differ := [key for key in _SHARED if row[key] != first[key]]:
+                    raise self._error(name, f"row {i} differs from the first one of this tensor in {differ[0]}")
+            if len(numbered) != first["n_chunks"]:
+                raise self._error(name, f"{len(numbered)} of its {first['n_chunks']} parts are there")
+            self.entries[name] = self._entry(name, first)
+            self._rows[name] = [i for i, _ in numbered]
 
     def _entry(self, name: str, row: dict[str, Any]) -> Entry:
         dtype, shape = row["dtype"], tuple(row["shape"] or ())

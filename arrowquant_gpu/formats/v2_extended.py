@@ -52,7 +52,7 @@ class Split:
         >>> from arrowquant_gpu.schemes import Scheme
         >>> info = TensorInfo("w", "float32", (32000, 4096), Path("a.safetensors"), 0, 4 * 32000 * 4096)
         >>> split = Split.of(Entry(info, Scheme.parse("int4_g128"), "")); split, split.n_chunks
-        (Split(units=32000, step=7598), 5)
+        (Split(units=32000, step=7710), 5)
         """
         info, scheme = entry.info, entry.scheme
         if scheme is None:
