@@ -225,6 +225,17 @@ def _drop_row(row: dict[str, Any]) -> None:
     row["data"], row["scales"], row["zero_points"] = row["data"][:-50], row["scales"][:-4], row["zero_points"][:-4]
 
 
+@contextlib.contextmanager
+def small_files_only() -> Iterator[None]:
+    """Writes fail past 4 KiB of a file. No longer than the body: it holds for the log that pytest writes as well."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 class RowFileTests:
     """Tests of one format. A subclass says how its files are written and, through pyarrow, read and rewritten."""
 
@@ -481,17 +492,9 @@ class RowFileTests:
         sink.abort()
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.fixture
-    def small_files_only(self) -> Iterator[None]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        yield
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    @pytest.mark.usefixtures("small_files_only")
     def test_a_failing_write_leaves_nothing(self, tmp_path: Path) -> None:
         sink = self.sink(Output(tmp_path / f"m{self.suffix}", is_directory=False))
-        with pytest.raises(TargetError, match=f"m{self.suffix}"):
+        with small_files_only(), pytest.raises(TargetError, match=f"m{self.suffix}"):
             write(sink, small_model())
         sink.abort()
         assert list(tmp_path.iterdir()) == []
