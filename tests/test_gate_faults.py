@@ -23,6 +23,7 @@ from .gpuless.loaders import PtxLoader, ShimLoader
 from .gpuless.shim import Schedule
 from .gpuless.stand_in import Edit, backend_over, edit_kernels
 from .test_backends import quantize
+from .test_kernel_gates import check_the_end
 
 HELD = variants.quantize(4, False, "float32", 32)
 
@@ -77,7 +78,7 @@ KERNEL_FAULTS: dict[str, tuple[str, Edit, Callable[[Backend], None], tuple[str |
     ),
     "a missing sync": ("quantize.cu", ("team.sync();", ";"), check_runs, ("differ", "differ", "race in global memory")),
     "a warp that parts": (
-        *("quantize.cu", ("index - ahead < n_", "index < n_"), check_held),
+        *("quantize.cu", ("unit - ahead < n_units", "unit < n_units"), check_held),
         ("has returned|deadlock|takes no part", "has returned|deadlock|takes no part", "has returned|deadlock"),
     ),
     "an index beyond shared memory": (
@@ -174,6 +175,18 @@ def test_flushing_changes_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     backend, _ = backend_over(PtxLoader(), monkeypatch, tmp_path)
     with pytest.raises(AssertionError, match="differ"):
         compare(backend, x, scheme)
+
+
+@pytest.mark.nvrtc
+def test_an_index_of_32_bits_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    edit_kernels(
+        monkeypatch,
+        tmp_path,
+        {"quantize.cu": ("const i64 start = at.index * GROUP", "const int start = at.index * GROUP")},
+    )
+    loader = PtxLoader(only_blocks=(-1,))
+    with pytest.raises(AssertionError, match=r"wild pointer|out of bounds|differ"):
+        check_the_end(*backend_over(loader, monkeypatch, tmp_path, max_blocks=1 << 30), "int4_g128", (1, 2**31 + 2**14))
 
 
 @pytest.mark.nvrtc

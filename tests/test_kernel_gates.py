@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arrowquant_gpu import reference
 from arrowquant_gpu.backends import Backend, variants
 from arrowquant_gpu.dtypes import KERNEL_DTYPES
+from arrowquant_gpu.reference import Findings
 from arrowquant_gpu.schemes import Scheme
 
+from .bitwise import assert_bitwise_equal
 from .cases import cases, make
+from .gpuless.device import Host
 from .gpuless.lint import LISTED_FMA, lint
 from .gpuless.loaders import PtxLoader, ShimLoader, ptx_of
 from .gpuless.shim import FORWARD, REVERSE, Schedule
@@ -26,8 +30,9 @@ from .test_backends import PATTERNS, check
 
 Case = tuple[Scheme, str, tuple[int, int], str]
 
-ORDERS = {"forward": FORWARD, "reverse": REVERSE, "random": Schedule(7, 0xFF)}
-ARCHS = (75, 90, 120)
+# Order of threads, and the most blocks of a grid: with few of them every thread has several units of work.
+ORDERS = {"forward": (FORWARD, None), "reverse": (REVERSE, 1), "random": (Schedule(7, 0xFF), 2)}
+ARCHS = {75: None, 90: 1, 120: 3}
 
 
 def sample(n: int, seed: int) -> Iterator[Case]:
@@ -67,8 +72,9 @@ def check_counts(backend: Backend) -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_source_in_the_shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, order: str) -> None:
-    loader = ShimLoader(ORDERS[order])
-    backend, _ = backend_over(loader, monkeypatch, tmp_path)
+    schedule, max_blocks = ORDERS[order]
+    loader = ShimLoader(schedule)
+    backend, _ = backend_over(loader, monkeypatch, tmp_path, max_blocks=max_blocks)
     assert check_cases(backend, sample(24, seed=1)) == 24
     check_counts(backend)
     assert len(loader.loaded) > 40
@@ -77,7 +83,8 @@ def test_the_source_in_the_shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 @pytest.mark.compiler
 @pytest.mark.parametrize("arch", [75, 90])
 def test_the_source_under_sanitizers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: int) -> None:
-    backend, _ = backend_over(ShimLoader(Schedule(3, 0x7F), sanitize=True), monkeypatch, tmp_path, arch=arch)
+    loader = ShimLoader(Schedule(3, 0x7F), sanitize=True)
+    backend, _ = backend_over(loader, monkeypatch, tmp_path, arch=arch, max_blocks=2)
     assert check_cases(backend, sample(6, seed=arch)) == 6
     check_counts(backend)
 
@@ -85,7 +92,7 @@ def test_the_source_under_sanitizers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_emitted_ptx_in_the_simulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: int) -> None:
-    backend, _ = backend_over(PtxLoader(), monkeypatch, tmp_path, arch=arch)
+    backend, _ = backend_over(PtxLoader(), monkeypatch, tmp_path, arch=arch, max_blocks=ARCHS[arch])
     assert check_cases(backend, sample(6, seed=arch)) == 6
 
 
@@ -133,6 +140,46 @@ class _Placed:
     def put(self, x: np.ndarray) -> object:
         is_weights = x.shape == self._placed.shape and x.dtype == self._placed.dtype
         return self._placed if is_weights else self._backend.put(x)
+
+
+def check_the_end(backend: Backend, host: Host, scheme: str, shape: tuple[int, int]) -> None:
+    """Quantize, encode and decode a huge tensor of which only the end is looked at: its memory is mostly not there."""
+    s = Scheme.parse(scheme)
+    start = (shape[1] // s.group_size - 8) // 8 * 8 * s.group_size
+    tail = make("normal", (1, shape[1] - start), "bfloat16")
+    want = reference.quantize(tail, s)
+
+    x, packed = backend.empty(shape, tail.dtype), backend.empty(s.packed_shape(shape), np.uint8)
+    scales = backend.empty(s.scales_shape(shape), np.float32)
+    zeros = None if s.symmetric else backend.empty(scales.shape, np.uint8)
+    codes, groups = slice(start * s.bits // 8, None), slice(start // s.group_size, None)
+    x.contents[-1, start:] = tail
+    assert backend.quantize(x, s, packed, scales, zeros) == Findings()
+    assert_bitwise_equal(packed.contents[-1:, codes], want[0], "packed")
+    assert_bitwise_equal(scales.contents[-1:, groups], want[1], "scales")
+    if zeros is not None:
+        assert_bitwise_equal(zeros.contents[-1:, groups], want[2], "zeros")
+
+    packed.contents[-1, codes] = 0
+    backend.encode(x, s, scales, zeros, packed)
+    backend.dequantize(packed, scales, zeros, s, x)
+    host.gpu.synchronize()
+    assert_bitwise_equal(packed.contents[-1:, codes], want[0], "encoded")
+    decoded = reference.dequantize(*want[:3], s, tail.shape[1], "bfloat16")
+    assert_bitwise_equal(x.contents[-1:, start:], decoded, "decoded")
+
+
+@pytest.mark.nvrtc
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [("int4_g128", (1, 2**31 + 2**14)), ("int3_g16_asym", (5, 2**29 + 77)), ("int5_g100_asym", (3, 2**30 + 33))],
+)
+def test_past_2_to_the_31_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scheme: str, shape: tuple[int, int]
+) -> None:
+    """The last two blocks of a grid that is large enough for no thread to loop."""
+    loader = PtxLoader(only_blocks=(-2, -1))
+    check_the_end(*backend_over(loader, monkeypatch, tmp_path, max_blocks=1 << 30), scheme, shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -107,12 +107,12 @@ def dimensions(
     grid: Sequence[int], block: Sequence[int], entry: str
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Grid and block as triples; KernelFault for sizes that no GPU launches."""
-    wide_grid = (*map(int, grid), 1, 1)[:3]
-    wide_block = (*map(int, block), 1, 1)[:3]
+    gx, gy, gz = (*map(int, grid), 1, 1)[:3]
+    bx, by, bz = (*map(int, block), 1, 1)[:3]
+    wide_grid, wide_block = (gx, gy, gz), (bx, by, bz)
     if any(not 1 <= n <= limit for n, limit in zip(wide_grid, MAX_GRID, strict=True)):
         raise KernelFault(f"{entry}: grid {wide_grid} is empty or beyond {MAX_GRID}")
-    threads = wide_block[0] * wide_block[1] * wide_block[2]
-    if threads > MAX_THREADS or any(not 1 <= n <= limit for n, limit in zip(wide_block, MAX_BLOCK, strict=True)):
+    if bx * by * bz > MAX_THREADS or any(not 1 <= n <= limit for n, limit in zip(wide_block, MAX_BLOCK, strict=True)):
         raise KernelFault(f"{entry}: block {wide_block} is empty or beyond {MAX_THREADS} threads")
     return wide_grid, wide_block
 

@@ -19,6 +19,7 @@ from .errors import KernelFault
 
 ALIGNMENT = 512  # of an allocation, as in CuPy's pool
 GARBAGE = 0xC7  # what fresh memory holds
+HUGE_BYTES = 1 << 28
 FIRST_ADDRESS = 0x7F_0000_0000_00
 
 
@@ -98,7 +99,7 @@ class Gpu:
 
     index: int
     arch: int = 90
-    multiprocessors: int = 4
+    multiprocessors: int = 1
     streams: list[Stream] = field(default_factory=list)
     n_reserved: int = 0
     n_launches: int = 0
@@ -107,10 +108,11 @@ class Gpu:
         self.streams.append(Stream(self, 0, non_blocking=False))
 
     def allocate(self, n_bytes: int, stream: Stream) -> Allocation:
-        """Fresh memory, full of garbage."""
+        """Fresh memory, full of garbage; very much of it is zeros, which take no memory until they are written."""
         address = FIRST_ADDRESS + (self.index << 40) + self.n_reserved
         self.n_reserved += -(-n_bytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
-        return Allocation(self, stream, address, np.full(n_bytes, GARBAGE, np.uint8))
+        contents = np.full(n_bytes, GARBAGE, np.uint8) if n_bytes < HUGE_BYTES else np.zeros(n_bytes, np.uint8)
+        return Allocation(self, stream, address, contents)
 
     def stream(self, non_blocking: bool) -> Stream:
         """A new stream."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,15 @@ class MemoryPointer:
 
 
 class DeviceArray:
-    """cupy.ndarray: a row-major array in device memory. The host cannot read it but by copying."""
+    """cupy.ndarray: a row-major array in device memory. The host cannot read it but by copying.
+
+    `contents` is the memory itself: for tests, no part of CuPy.
+    """
 
     __array_priority__ = 100
 
     def __init__(self, host: Host, allocation: Allocation, contents: np.ndarray):
-        self._host, self._allocation, self._contents = host, allocation, contents
+        self._host, self._allocation, self.contents = host, allocation, contents
         self.shape, self.dtype, self.ndim = contents.shape, contents.dtype, contents.ndim
         self.size, self.nbytes, self.itemsize, self.flags = (
             contents.size, contents.nbytes, contents.itemsize, contents.flags,
@@ -55,7 +59,7 @@ class DeviceArray:
     @property
     def data(self) -> MemoryPointer:
         start = self._allocation.bytes.ctypes.data
-        return MemoryPointer(self._allocation.address + self._contents.ctypes.data - start)
+        return MemoryPointer(self._allocation.address + self.contents.ctypes.data - start)
 
     @property
     def device(self) -> Device:
@@ -68,13 +72,13 @@ class DeviceArray:
         return DeviceArray(self._host, self._allocation, contents)
 
     def reshape(self, *shape: Any) -> DeviceArray:
-        return self._view(self._contents.reshape(*shape))
+        return self._view(self.contents.reshape(*shape))
 
     def view(self, dtype: Any) -> DeviceArray:
-        return self._view(self._contents.view(dtype))
+        return self._view(self.contents.view(dtype))
 
     def __getitem__(self, key: Any) -> DeviceArray:
-        contents = self._contents[key]
+        contents = self.contents[key]
         if not isinstance(contents, np.ndarray) or contents.base is None:
             raise KernelFault(f"indexing with {key!r} starts a kernel of CuPy's own")
         return self._view(contents)
@@ -84,7 +88,7 @@ class DeviceArray:
         if not isinstance(arr, np.ndarray) or (arr.shape, arr.dtype) != (self.shape, self.dtype):
             raise ValueError(f"set needs a NumPy array of shape {self.shape} and dtype {self.dtype}")
         queue = self._queue(stream)
-        self._host.copy_in(self._contents, np.ascontiguousarray(arr), queue)
+        self._host.copy_in(self.contents, np.ascontiguousarray(arr), queue)
 
     def get(self, stream: Any = None, order: str = "C", out: np.ndarray | None = None, blocking: bool = True) -> Any:
         """Copy to a host array; with blocking=False asynchronous where `out` is page-locked."""
@@ -95,7 +99,7 @@ class DeviceArray:
         if not out.flags.c_contiguous:
             raise RuntimeError("out must be C-contiguous")
         queue = self._queue(stream)
-        self._host.copy_out(out, self._contents, queue)
+        self._host.copy_out(out, self.contents, queue)
         if blocking:
             queue.run(queue.n_submitted)
         return out
@@ -166,7 +170,7 @@ class RawKernel:
         if isinstance(a, DeviceArray):
             if a._allocation.device is not gpu:
                 raise KernelFault(f"a kernel on device {gpu.index} uses memory of device {a._allocation.device.index}")
-            return a._contents
+            return a.contents
         if a is None or isinstance(a, np.generic):
             return a
         if isinstance(a, (bool, int, float)):
@@ -247,5 +251,5 @@ def install(monkeypatch: pytest.MonkeyPatch, loader: Loader, n_devices: int = 1,
 
 def _module(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
-    module.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment] - find_spec asks for one
+    module.__spec__ = ModuleSpec(name, None)  # find_spec asks for one
     return module

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,17 @@ class ShimLoader:
 
 @dataclass
 class PtxLoader:
-    """Runs the PTX that NVRTC emits for the source of a cubin. `loaded` counts as above."""
+    """Runs the PTX that NVRTC emits for the source of a cubin. `loaded` counts as above; `only_blocks`: see ptx.py."""
 
     loaded: Counter[str] = field(default_factory=Counter)
+    only_blocks: Sequence[int] | None = None
 
     def __call__(self, cubin: Path, entry: str) -> Prepare:
         facts = facts_of(cubin)
         self.loaded[cubin.stem] += 1
-        return PtxModule(ptx_of(facts["source"], facts["defines"], facts["arch"])).get_function(entry).prepare
+        function = PtxModule(ptx_of(facts["source"], facts["defines"], facts["arch"])).get_function(entry)
+        function.only_blocks = self.only_blocks
+        return function.prepare
 
 
 def ptx_of(source: str, defines: Mapping[str, str | int], arch: int) -> str:

@@ -41,13 +41,15 @@ class PtxModule:
 class PtxFunction:
     """One kernel; call it as CuPy's RawKernel is called.
 
-    `executed` counts the thread-instructions of the last call by the first word of their opcode.
+    `executed` counts the thread-instructions of the last call by the first word of their opcode. `only_blocks`, if set,
+    are the numbers of the blocks that are run, of a grid too large to run as a whole; -1 is the last one.
     """
 
     def __init__(self, entry: Entry):
         self.entry = entry
         self.steps = [decode(entry, instruction) for instruction in entry.instructions]
         self.executed: Counter[str] = Counter()
+        self.only_blocks: Sequence[int] | None = None
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[object], shared_mem: int = 0) -> None:
         """Run the grid on NumPy arrays in place. KernelFault where the launch or the kernel is wrong."""
@@ -79,10 +81,11 @@ class PtxFunction:
         }
         self.executed = Counter()
         n_blocks = grid[0] * grid[1] * grid[2]
+        numbers = np.arange(n_blocks) if self.only_blocks is None else np.array(self.only_blocks) % n_blocks
         at_once = max(1, THREADS_AT_ONCE // (-(-per_block // 32) * 32))
         with np.errstate(all="ignore"):
-            for first in range(0, n_blocks, at_once):
-                blocks = np.arange(first, min(n_blocks, first + at_once))
+            for first in range(0, numbers.size, at_once):
+                blocks = numbers[first : first + at_once]
                 machine = Machine(entry, self.steps, memory, parameters, grid, block, blocks)
                 try:
                     machine.run()

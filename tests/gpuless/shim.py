@@ -40,9 +40,14 @@ UNIT = """\
 namespace {{
 #include "{source}"
 }}
+extern "C" {{
+extern char __start_cu_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_cu_shared[] __attribute__((weak, visibility("hidden")));
+}}
 #define SHIM_EXPORT extern "C" __attribute__((visibility("default")))
 SHIM_EXPORT int shim_launch(const unsigned *d, unsigned order, unsigned fill, void **arguments) {{
-  const shim::Launch launch{{{{d[0], d[1], d[2]}}, {{d[3], d[4], d[5]}}, order, static_cast<unsigned char>(fill)}};
+  const shim::Launch launch{{{{d[0], d[1], d[2]}}, {{d[3], d[4], d[5]}}, order, static_cast<unsigned char>(fill),
+                            __start_cu_shared, __stop_cu_shared}};
   return shim::launch(&{entry}, launch, arguments);
 }}
 SHIM_EXPORT int shim_signature(char *kinds, int *sizes) {{ return shim::signature(&{entry}, kinds, sizes); }}
@@ -103,7 +108,7 @@ class ShimModule:
         unit = UNIT.format(source=self.source, entry=entry)
         headers = [path for folder in self.include_dirs for path in sorted(folder.glob("*.cu*"))]
         key = _key(unit, self._flags(), headers)
-        runtime = _fiber_object(self.sanitize)
+        runtime = _fiber_library(self.sanitize)
 
         def compile_to(target: Path) -> None:
             text = target.with_suffix(".cpp")
@@ -204,13 +209,13 @@ def _cached(name: str, compile_to: Callable[[Path], None]) -> Path:
     return target
 
 
-def _fiber_object(sanitize: bool) -> Path:
-    """The runtime of the shim as an object file; it is the same for all kernels."""
+def _fiber_library(sanitize: bool) -> Path:
+    """The library that runs threads, for all kernels."""
     source = INCLUDE / "fiber.cpp"
     flags = _flags(sanitize)
     return _cached(
-        f"fiber-{_key('', flags, [])}.o",
-        lambda target: _run_compiler([*flags, f"-I{INCLUDE}", "-c", str(source), "-o", str(target)]),
+        f"fiber-{_key('', flags, [])}.so",
+        lambda target: _run_compiler([*flags, f"-I{INCLUDE}", "-shared", str(source), "-o", str(target)]),
     )
 
 

@@ -29,16 +29,20 @@ def backend_over(
     *,
     arch: int = 90,
     n_devices: int = 1,
+    max_blocks: int | None = None,
     edit: Edit | None = None,
 ) -> tuple[Backend, Host]:
     """The backend of device 0 and the host it runs on, until the test ends.
 
-    Cubins are stubs in `folder`, so that no NVRTC is needed. `edit` plants a fault in a copy of backends/cuda.py.
+    Cubins are stubs in `folder`, so that no NVRTC is needed. `max_blocks` bounds the grid, so that kernels loop. `edit`
+    plants a fault in a copy of backends/cuda.py.
     """
     host = install(monkeypatch, loader, n_devices, arch)
     monkeypatch.setattr(nvrtc, "build", functools.partial(stub_build, folder))
     monkeypatch.setattr(nvrtc, "missing", lambda: None)
     module = importlib.import_module(BACKEND) if edit is None else _edited_backend(edit)
+    if max_blocks is not None:
+        monkeypatch.setattr(module, "BLOCKS_PER_SM", max_blocks)
     backend: Backend = module.CudaBackend(0)
     return backend, host
 

@@ -70,11 +70,6 @@ shim_switch:
 #error "the CPU shim has no context switch for this processor"
 #endif
 
-extern "C" {
-extern char __start_cu_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_cu_shared[] __attribute__((weak, visibility("hidden")));
-}
-
 namespace shim {
 
 constexpr std::size_t STACK_BYTES = 64 * 1024, GUARD_BYTES = 4096;
@@ -288,8 +283,8 @@ static void prepare_stack(Fiber& fiber) {
 // Byte by byte and unchecked, because AddressSanitizer's poisoned red zones lie between the variables.
 [[gnu::noinline]]
 __attribute__((no_sanitize("address", "undefined"),
-               optimize("no-tree-loop-distribute-patterns"))) static void fill_shared(unsigned char value) {
-  for (volatile char* p = __start_cu_shared; p && p < __stop_cu_shared; ++p) *p = static_cast<char>(value);
+               optimize("no-tree-loop-distribute-patterns"))) static void fill_shared(const Launch& launch) {
+  for (volatile char* p = launch.shared_begin; p < launch.shared_end; ++p) *p = static_cast<char>(launch.fill);
 }
 
 static std::uint64_t random_state;
@@ -320,7 +315,7 @@ static void run_block(const Launch& launch) {
     f.warp->existing |= 1u << f.lane;
   }
   put_in_order(order, n_threads, launch.order);
-  fill_shared(launch.fill);
+  fill_shared(launch);
   block_barrier = {0, 0, 0, {1, 0, 0}, {1, 0, 0}};
   n_done = position = 0;
   idle = 0;

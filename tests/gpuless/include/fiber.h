@@ -15,6 +15,9 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+// The state below is in one library, which the library of every kernel uses.
+#define SHIM_STATE __attribute__((visibility("default")))
+
 namespace shim {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -34,29 +37,30 @@ struct Votes {
   int all, any, count;
 };
 
-extern Fiber* current;
-extern uint3 block_index;
-extern dim3 grid_size, block_size;
+SHIM_STATE extern Fiber* current;
+SHIM_STATE extern uint3 block_index;
+SHIM_STATE extern dim3 grid_size, block_size;
 
 // Ends the launch with this message, the block and the thread. Does not return.
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+[[noreturn]] SHIM_STATE void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // __syncthreads: all threads of the block that have not returned meet at the same source line.
-Votes barrier(bool predicate, int line);
+SHIM_STATE Votes barrier(bool predicate, int line);
 
 // All lanes of `mask` meet in one warp primitive `op` at one line; returns the 32 values they brought.
-const std::uint64_t* meet(unsigned mask, std::uint64_t value, int op, int line);
+SHIM_STATE const std::uint64_t* meet(unsigned mask, std::uint64_t value, int op, int line);
 
 // Lanes of `mask` that exist in the current warp: the last warp of a block may be partial.
-unsigned existing(unsigned mask);
+SHIM_STATE unsigned existing(unsigned mask);
 
 struct Launch {
   dim3 grid, block;
   unsigned order;      // 0 forward, 1 reverse, else the seed of a random order
   unsigned char fill;  // what shared memory holds before each block
+  char *shared_begin, *shared_end;
 };
 
-int run_grid(const Launch& launch, void (*entry)(void*), void* argument);
+SHIM_STATE int run_grid(const Launch& launch, void (*entry)(void*), void* argument);
 
 // A kernel and the void*[] of its arguments, as cuLaunchKernel takes them.
 template <class... A>
