@@ -40,7 +40,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(llama: Path, folder: Path, format_name: str, scheme: str = "int4_g32") -> Path:
-    target = folder / ("quantized" if format_name == "compressed-tensors" else "quantized.bin")
+    target = folder / f"quantized {format_name}"
     quantize_checkpoint(llama, target, scheme, format=format_name, device="reference")
     return target
 
@@ -79,6 +79,17 @@ def test_every_device_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
             files.append(tmp_path / f"{device}{threads}.safetensors")
             dequantize_checkpoint(source, files[-1], device=device, threads=threads)
     assert len({f.read_bytes() for f in files}) == 1
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+    for format_name in FORMATS:
+        source = quantized(llama, tmp_path, format_name, "int4_g32_asym")
+        files = []
+        for device in ("reference", "cuda"):
+            result = dequantize_checkpoint(source, tmp_path / f"{device} {format_name}", device=device)
+            files.append([p.read_bytes() for p in result.files])
+        assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int64", "uint64"])

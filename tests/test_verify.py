@@ -105,6 +105,12 @@ def test_figures_depend_on_nothing_else(
     assert len(findings) == 1
 
 
+@pytest.mark.gpu
+def test_the_gpu_gives_the_same_figures(llama: Path, packed: Path) -> None:
+    gpu = verify_checkpoint(packed, llama, device="cuda", threads=4)
+    assert gpu.findings == verify(packed, llama).findings
+
+
 def test_min_max_keeps_every_weight_within_its_step() -> None:
     """The bound holds for every scheme, dtype and content that is finite when decoded, and it is tight."""
     n, most = 0, 0.0
