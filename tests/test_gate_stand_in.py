@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arrowquant_gpu import backends, ops
+from arrowquant_gpu import backends, ops, pinned
 from arrowquant_gpu.backends import Backend
 from arrowquant_gpu.errors import DeviceError
 from arrowquant_gpu.schemes import Scheme
+from arrowquant_gpu.tensor import QuantizedTensor
 
 from .bitwise import assert_bitwise_equal
 from .cases import make
@@ -158,7 +159,7 @@ def test_memory_of_another_device_is_refused(scaled: Any) -> None:
     with pytest.raises(KernelFault, match="a kernel on device 0 uses memory of device 1"):
         launch(scaled, other, other)
     with pytest.raises(KernelFault, match="memory of device 1 on a stream of 0"):
-        other.get()
+        other.get(stream=cupy.cuda.get_current_stream())
     with pytest.raises(RuntimeError, match="invalid device ordinal"), cupy.cuda.Device(2):
         pass
 
@@ -233,12 +234,18 @@ def test_devices_that_are_not_there_or_too_old(monkeypatch: pytest.MonkeyPatch, 
     assert sys.modules[BACKEND].usable() == (False, "stand-in has compute capability 7.0; 7.5 is needed")
 
 
-def test_the_front_door_takes_the_stand_in_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    backend_over(ShimLoader(), monkeypatch, tmp_path, n_devices=2)
-    x = make("normal", (9, 96), "float16")
+@pytest.fixture
+def front_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+    """The package finds the stand-in when it looks for a GPU; what it remembers of that is forgotten afterwards."""
+    _, host = backend_over(ShimLoader(), monkeypatch, tmp_path, n_devices=2)
     for name, cached in vars(backends).items():
         if hasattr(cached, "cache_clear"):
             monkeypatch.setattr(backends, name, cached.__wrapped__)
+    return host
+
+
+def test_the_front_door_takes_the_stand_in_for_a_gpu(front_door: Host) -> None:
+    x = make("normal", (9, 96), "float16")
     assert backends.pick_device().name == "cuda:0"
     for scheme in ("int4_g32", "int6_tensor_asym_bf16"):
         want = ops.quantize(x, scheme, device="cpu")
@@ -247,3 +254,27 @@ def test_the_front_door_takes_the_stand_in_for_a_gpu(monkeypatch: pytest.MonkeyP
             assert_bitwise_equal(got.packed, want.packed)
             assert_bitwise_equal(got.scales, want.scales)
             assert_bitwise_equal(ops.dequantize(got, device=device), ops.dequantize(want, device="cpu"))
+    assert all(gpu.n_launches > 0 for gpu in front_door.gpus)
+
+
+@pytest.mark.parametrize("scheme", ["int4_g32_asym", "int3_tensor_bf16", "int8_channel"])
+def test_weights_on_the_device_stay_there(front_door: Host, scheme: str) -> None:
+    import cupy
+
+    host_weights = make("normal", (9, 96), "bfloat16")
+    want = ops.quantize(host_weights, scheme, device="cpu")
+    with cupy.cuda.Device(1):
+        weights = cupy.asarray(host_weights)
+    q = ops.quantize(weights, scheme)
+    out = ops.dequantize(q)
+    assert {a.device.id for a in (q.packed, q.scales, out)} == {1}
+    assert front_door.gpus[0].n_launches == 0
+    assert_bitwise_equal(q.packed.get(), want.packed)
+    assert_bitwise_equal(out.get(), ops.dequantize(want, device="cpu"))
+    assert_bitwise_equal(QuantizedTensor.from_arrow(q.to_arrow()).scales, want.scales)
+
+
+def test_page_locked_tables_are_page_locked(front_door: Host) -> None:
+    _, views = pinned.pinned_table({"w": ((4, 5), "float32")})
+    assert front_door.pinned_part(views["w"]) is not None
+    assert front_door.pinned_part(np.zeros(4)) is None

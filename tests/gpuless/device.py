@@ -138,9 +138,10 @@ class Host:
     def gpu(self) -> Gpu:
         return self.gpus[self.device_stack[-1]]
 
-    def current_stream(self) -> Stream:
-        """The stream in use on the current device, by default its null stream."""
-        return next((s for s in reversed(self.stream_stack) if s.device is self.gpu), self.gpu.streams[0])
+    def current_stream(self, gpu: Gpu | None = None) -> Stream:
+        """The stream in use on a device, the current one if not given; by default its null stream."""
+        gpu = gpu or self.gpu
+        return next((s for s in reversed(self.stream_stack) if s.device is gpu), gpu.streams[0])
 
     def allocate_pinned(self, n_bytes: int) -> PinnedMemory:
         memory = PinnedMemory(n_bytes)

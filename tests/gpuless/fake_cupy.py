@@ -68,6 +68,12 @@ class DeviceArray:
     def __array__(self, *_: object, **__: object) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.device.id
+
+    def __dlpack__(self, **_: object) -> object:
+        raise BufferError("the stand-in has no capsules: an address of it is none of this process")
+
     def _view(self, contents: np.ndarray) -> DeviceArray:
         return DeviceArray(self._host, self._allocation, contents)
 
@@ -82,6 +88,13 @@ class DeviceArray:
         if not isinstance(contents, np.ndarray) or contents.base is None:
             raise KernelFault(f"indexing with {key!r} starts a kernel of CuPy's own")
         return self._view(contents)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Copy between two arrays of one device, on the current stream."""
+        target = self[key]
+        if not isinstance(value, DeviceArray) or (value.shape, value.dtype) != (target.shape, target.dtype):
+            raise KernelFault("assigning anything but a device array of the same shape and dtype")
+        self._queue(None).submit(lambda: np.copyto(target.contents, value.contents))
 
     def set(self, arr: np.ndarray, stream: Any = None) -> None:
         """Copy a host array in; asynchronous where `arr` is page-locked."""
@@ -105,7 +118,7 @@ class DeviceArray:
         return out
 
     def _queue(self, stream: StreamHandle | None) -> Stream:
-        queue = self._host.current_stream() if stream is None else stream.queue
+        queue = self._host.current_stream(self._allocation.device) if stream is None else stream.queue
         if queue.device is not self._allocation.device:
             raise KernelFault(f"memory of device {self._allocation.device.index} on a stream of {queue.device.index}")
         return queue
