@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     results: dict[str, Any] = {"peers": cpu_peers.versions(), "shape": SHAPE, "rounds": arguments.rounds}
+    results["load_before"] = os.getloadavg()[0]  # near 0, or the figures are of a machine that had other work
     results["layer_4_mb"], results["first_call"] = layer(), first_call()
     for name in ("layer_4_mb", "first_call"):
         print(name, *(f"{key} {value:.3g}" for key, value in results[name].items()), sep="  ")
