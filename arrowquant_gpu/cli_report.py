@@ -142,13 +142,14 @@ class Report:
     def verified(self, result: VerifyReport, device: Device) -> None:
         """Every quantized tensor and every one with a problem, worst first."""
         rows, summary = [f._asdict() for f in result.findings], result.summary
+        worst = summary["worst_cosine"]
         shown = [r for r in rows if r["cosine"] is not None or r["problem"] is not None]
         n_kept = sum(r["action"] == "kept" and r["problem"] is None for r in rows)
         self.add(
             table(shown, _FINDINGS),
             f"{result.path} against {result.against}: {summary['n_quantized']} quantized tensors, {n_kept} kept ones "
             f"equal to the original, {summary['n_failed']} problems",
-            *([f"worst cosine {summary['worst_cosine']:.6f}: {summary['worst_tensor']}"] if shown else []),
+            *([f"worst cosine {worst:.6f}: {summary['worst_tensor']}"] if worst is not None else []),
             f"{summary['seconds']:.2f} s on {device.name} ({device.reason})",
             path=str(result.path),
             against=str(result.against),

@@ -315,3 +315,10 @@ def test_memory_is_blocks_not_tensors(tmp_path: Path, format_name: str) -> None:
     ]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 160 << 20
+
+
+def test_figures_of_a_decoded_weight_beyond_the_largest_float() -> None:
+    figures = Figures()
+    figures.add(np.array([[-3.4e38, 1.0]], np.float32), np.array([[-np.inf, 1.0]], np.float32))
+    assert math.isnan(figures.cosine)
+    assert (figures.sqnr_db, figures.max_error) == (-math.inf, math.inf)

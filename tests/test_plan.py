@@ -12,6 +12,7 @@ from arrowquant_gpu.errors import FormatError, PolicyError
 from arrowquant_gpu.formats import TensorInfo
 from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink
 from arrowquant_gpu.formats.output import Output
+from arrowquant_gpu.formats.parquet import ParquetSink
 from arrowquant_gpu.pipeline import Plan, make_plan
 
 from .fixtures import llama_shapes
@@ -156,3 +157,13 @@ def test_order_is_that_of_the_files() -> None:
 def test_config_json_is_needed() -> None:
     with pytest.raises(FormatError, match=r"needs a model directory with config\.json"):
         CompressedTensorsSink(Output("out", is_directory=True), None)
+
+
+def test_one_file_has_no_place_for_the_tokenizer_and_the_plan_says_so() -> None:
+    source = Headers(LLAMA)
+    source.side_files = (Path("model/config.json"), Path("model/tokenizer.json"))
+    assert plan(source, "int4_g128").warnings == ()
+    sink = ParquetSink(Output("/nonexistent/out.parquet", is_directory=False))
+    assert make_plan(source, sink, "int4_g128").warnings == (
+        "parquet is one file: 1 files of the model directory are not in it (tokenizer.json).",
+    )

@@ -113,5 +113,8 @@ class QuantizedCheckpoint(Protocol):
     side_files: tuple[Path, ...]
 
     def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
-        """The tensor in row blocks: (first row, rows as QuantizedTensor, or as an array [rows, length] if copied)."""
+        """The tensor in row blocks: (first row, rows as QuantizedTensor, or as an array [rows, length] if copied).
+
+        A copied row that is longer than a block comes in several pieces [1, n] with the same first row.
+        """
         ...

@@ -32,7 +32,7 @@ class Figures:
         self._sums = np.zeros((4, 1))
 
     def add(self, original: NDArray[Any], decoded: NDArray[Any]) -> None:
-        """Compare two blocks [rows, length] of any float dtype, both finite."""
+        """Compare two blocks [rows, length] of any float dtype; `original` is finite."""
         rows, length = original.shape
         if original.size == 0:
             return
@@ -48,8 +48,10 @@ class Figures:
 
     @property
     def cosine(self) -> float:
-        """x.y / (|x| |y|); 1 where both are all zero, 0 where one is."""
+        """x.y / (|x| |y|); 1 where both are all zero, 0 where one is; NaN where a decoded weight is infinite."""
         xx, yy, xy, _ = self._sums[:, 0]
+        if math.isinf(yy):
+            return math.nan
         if xx == 0 or yy == 0:
             return 1.0 if xx == yy else 0.0
         # One root each: the product of the sums could overflow.
@@ -61,4 +63,4 @@ class Figures:
         xx, _, _, ee = self._sums[:, 0]
         if ee == 0:
             return math.inf
-        return 10.0 * math.log10(xx / ee) if xx > 0 else -math.inf
+        return 10.0 * math.log10(xx / ee) if xx > 0 and ee < math.inf else -math.inf

@@ -122,7 +122,7 @@ def make_plan(
             raise FormatError(_none_carried(sink.format, scheme, refused))
         raise PolicyError(_none_wanted(entries))
     sizes = tuple(sink.n_bytes(e) for e in entries)
-    warnings = [*_unequal_fused(entries), *_left_out(source)]
+    warnings = [*_unequal_fused(entries), *_left_out(source), *_without_side_files(source, sink)]
     return Plan(sink.format, scheme, tuple(entries), sizes, tuple(warnings))
 
 
@@ -155,6 +155,15 @@ def _left_out(source: Checkpoint) -> list[str]:
         return []
     listed = "; ".join(f"{file.name} ({reason})" for file, reason in source.left_out)
     return [f"{len(source.left_out)} files or folders beside the weights are left out: {listed}."]
+
+
+def _without_side_files(source: Checkpoint, sink: Sink) -> list[str]:
+    """A warning where a model directory becomes one file, which has no place for the tokenizer."""
+    files = [file.name for file in source.side_files if file.name != "config.json"]
+    if not files or sink.format == "compressed-tensors":
+        return []
+    listed = ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
+    return [f"{sink.format} is one file: {len(files)} files of the model directory are not in it ({listed})."]
 
 
 def _unequal_fused(entries: list[Entry]) -> list[str]:
