@@ -72,6 +72,7 @@ class _Doctests:
         return True
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k, so that only what they would have run is counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if _asks_for_soak(config):
         return
