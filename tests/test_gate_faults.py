@@ -9,12 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowquant_gpu import reference
 from arrowquant_gpu.backends import Backend, nvrtc, variants
-from arrowquant_gpu.reference import Findings
 from arrowquant_gpu.schemes import Scheme
 
-from .bitwise import assert_bitwise_equal
 from .cases import make
 from .gpuless.errors import KernelFault
 from .gpuless.fake_cupy import Loader
@@ -22,8 +19,7 @@ from .gpuless.lint import lint
 from .gpuless.loaders import PtxLoader, ShimLoader
 from .gpuless.shim import Schedule
 from .gpuless.stand_in import Edit, backend_over, edit_kernels
-from .test_backends import quantize
-from .test_kernel_gates import check_the_end
+from .test_kernel_gates import check_the_end, compare
 
 HELD = variants.quantize(4, False, "float32", 32)
 
@@ -35,15 +31,6 @@ def check_scheme(scheme: str, shape: tuple[int, int]) -> Callable[[Backend], Non
         compare(backend, make("normal", shape, "float32"), Scheme.parse(scheme))
 
     return meet
-
-
-def compare(backend: Backend, x: np.ndarray, scheme: Scheme) -> None:
-    want, got = reference.quantize(x, scheme), quantize(backend, x, scheme)
-    if got[3] != want[3]:
-        raise AssertionError(f"findings: got {got[3]}, want {want[3]}")
-    if want[3] == Findings():
-        assert_bitwise_equal(got[0], want[0], "packed")
-        assert_bitwise_equal(got[1], want[1], "scales")
 
 
 def check_not_finite(backend: Backend) -> None:

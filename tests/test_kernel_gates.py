@@ -26,7 +26,7 @@ from .gpuless.lint import LISTED_FMA, lint
 from .gpuless.loaders import PtxLoader, ShimLoader, ptx_of
 from .gpuless.shim import FORWARD, REVERSE, Schedule
 from .gpuless.stand_in import backend_over
-from .test_backends import PATTERNS, check
+from .test_backends import PATTERNS, check, quantize
 
 Case = tuple[Scheme, str, tuple[int, int], str]
 
@@ -54,6 +54,18 @@ def check_cases(backend: Backend, table: Iterator[Case]) -> int:
     return n
 
 
+def compare(backend: Backend, x: np.ndarray, scheme: Scheme) -> None:
+    """Quantize with one kernel, for granularity group and channel; raise unless all equals the reference."""
+    want, got = reference.quantize(x, scheme), quantize(backend, x, scheme)
+    if got[3] != want[3]:
+        raise AssertionError(f"findings: got {got[3]}, want {want[3]}")
+    if want[3] == Findings():
+        assert_bitwise_equal(got[0], want[0], "packed")
+        assert_bitwise_equal(got[1], want[1], "scales")
+        if want[2] is not None:
+            assert_bitwise_equal(got[2], want[2], "zeros")
+
+
 def check_counts(backend: Backend) -> None:
     """What is not finite or overflows is counted, by kernels that hold groups and by those that stream them."""
     for dtype in KERNEL_DTYPES:
@@ -75,9 +87,9 @@ def test_the_source_in_the_shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     schedule, max_blocks = ORDERS[order]
     loader = ShimLoader(schedule)
     backend, _ = backend_over(loader, monkeypatch, tmp_path, max_blocks=max_blocks)
-    assert check_cases(backend, sample(24, seed=1)) == 24
+    assert check_cases(backend, sample(20, seed=1)) == 20
     check_counts(backend)
-    assert len(loader.loaded) > 40
+    assert len(loader.loaded) > 40, "too few variants for a sample"
 
 
 @pytest.mark.compiler
@@ -85,8 +97,9 @@ def test_the_source_in_the_shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 def test_the_source_under_sanitizers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: int) -> None:
     loader = ShimLoader(Schedule(3, 0x7F), sanitize=True)
     backend, _ = backend_over(loader, monkeypatch, tmp_path, arch=arch, max_blocks=2)
-    assert check_cases(backend, sample(6, seed=arch)) == 6
-    check_counts(backend)
+    assert check_cases(backend, sample(4, seed=arch)) == 4
+    if arch == 90:
+        check_counts(backend)
 
 
 @pytest.mark.nvrtc
@@ -124,8 +137,8 @@ def test_rows_that_start_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for offset in (1, 2, 5):
         x = whole[0, offset : offset + 4 * 384].reshape(4, 384)
         placed = _Placed(backend, backend.put(whole)[0, offset : offset + 4 * 384].reshape(4, 384))
-        for scheme in ("int4_g128", "int3_g16_asym", "int5_g100"):
-            check(placed, x, Scheme.parse(scheme), [dtype])
+        for scheme in ("int4_g128", "int5_g100_asym"):
+            compare(placed, x, Scheme.parse(scheme))
 
 
 class _Placed:

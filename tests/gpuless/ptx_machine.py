@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +124,7 @@ class Machine:
                 return
             step = self.steps[pc]
             select = slice(None) if everyone else threads
-            active, select = threads, select
+            active = threads
             if step.guard is not None:
                 holds = self._at(step, step.guard, select)
                 if not holds.all():
@@ -130,6 +132,7 @@ class Machine:
             self.executed[step.instruction.opcode[0]] += active.size
             if step.kind == "plain":
                 if active.size:
+                    assert step.act is not None
                     self._at(step, step.act, select)
                 pc += 1
             elif active.size == 0:
@@ -142,7 +145,8 @@ class Machine:
                 return
         self.pc[threads] = pc
 
-    def _at(self, step: Step, function, select: np.ndarray | slice):  # type: ignore[no-untyped-def]
+    def _at(self, step: Step, function: Callable[[Machine, Any], Any], select: np.ndarray | slice) -> Any:
+        """Call `function` for a step, and name the step in what it raises."""
         try:
             return function(self, select)
         except KernelFault as fault:

@@ -39,7 +39,7 @@ class Library:
     ) -> list[bytes]:
         """Copy the allocations in, run the grid, and return them. RuntimeError with the shim's message."""
         memory = [Allocation(contents) for contents in allocations]
-        cells = []
+        cells: list[ctypes.Array[ctypes.c_char] | ctypes.c_void_p] = []
         for value in values:
             if isinstance(value, bytes):
                 cells.append(ctypes.create_string_buffer(value, len(value)))
@@ -53,12 +53,14 @@ class Library:
         )
         signal.alarm(0)
         error = self.handle.shim_error().decode() if failed else ""
-        results = [allocation.release() for allocation in memory]
+        results = []
+        for number, allocation in enumerate(memory):
+            contents, intact = allocation.release()
+            results.append(contents)
+            if not intact and not error:
+                error = f"write out of bounds of allocation {number} ({allocation.size} bytes)"
         if error:
             raise RuntimeError(error)
-        for number, result in enumerate(results):
-            if result is None:
-                raise RuntimeError(f"write out of bounds of allocation {number} ({len(allocations[number])} bytes)")
         return results
 
 
@@ -71,9 +73,8 @@ class Allocation:
     def __init__(self, contents: bytes):
         self.size = len(contents)
         start = ctypes.c_void_p()
-        if self.libc.posix_memalign(
-            ctypes.byref(start), ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(self.size + 2 * self.margin)
-        ):
+        wanted = ctypes.c_size_t(self.size + 2 * self.margin)
+        if self.libc.posix_memalign(ctypes.byref(start), ctypes.c_size_t(ALIGNMENT), wanted) or start.value is None:
             raise MemoryError(f"{self.size} bytes")
         self.start = start.value
         self.address = self.start + self.margin
@@ -81,13 +82,13 @@ class Allocation:
         for zone in (self.start, self.address + self.size):
             ctypes.memmove(zone, CANARY, self.margin)
 
-    def release(self) -> bytes | None:
-        """The contents, and the memory freed; None where a canary was overwritten."""
+    def release(self) -> tuple[bytes, bool]:
+        """Free the memory; the contents, and whether the canaries were left alone."""
         zones = (self.start, self.address + self.size)
         intact = all(ctypes.string_at(zone, self.margin) == CANARY[: self.margin] for zone in zones)
         contents = ctypes.string_at(self.address, self.size)
         self.libc.free(ctypes.c_void_p(self.start))
-        return contents if intact else None
+        return contents, intact
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def main() -> None:
         try:
             if path not in libraries:
                 libraries[path] = Library(path)
-            reply = (getattr(libraries[path], method)(*arguments), None)
+            reply: tuple[object, str | None] = (getattr(libraries[path], method)(*arguments), None)
         except RuntimeError as error:
             reply = (None, str(error))
         pickle.dump(reply, replies, protocol=pickle.HIGHEST_PROTOCOL)
