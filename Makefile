@@ -65,9 +65,11 @@ interop: $(call environment,.venv-interop,interop) ## Our checkpoints in the rea
 
 kernels: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## The kernels without a GPU: compiled for 7 architectures, linted, run on the CPU and simulated
 	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "(compiler or nvrtc) and not gpu"
+	$(dev) benchmarks/sass.py --out build
 
 soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full counts of the sampled suites (hours); record in OUT=benchmarks/results
 	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "soak and not gpu" --record $(OUT)/soak.json
+	$(dev) benchmarks/sass.py --out $(OUT)
 
 bench: $(call environment,.venv-bench,bench) ## CPU speed beside memcpy and the peers, and peak memory; record in OUT
 	$(bench_python) benchmarks/bench_cpu.py --out $(OUT)
