@@ -13,6 +13,7 @@ the format nor on the device. The hash of a kept tensor is that of its bytes.
 
 from __future__ import annotations
 
+import math
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Manifest:
         columns = (self.table[key].to_pylist() for key in ("cosine", "name"))
         cosines = [(cosine, name) for cosine, name in zip(*columns, strict=True) if cosine is not None]
         if cosines:
-            summary["worst_cosine"], summary["worst_tensor"] = min(cosines)
+            summary["worst_cosine"], summary["worst_tensor"] = min(cosines, key=lambda c: (not math.isnan(c[0]), c))
         return summary
 
 
