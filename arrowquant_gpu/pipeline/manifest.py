@@ -13,8 +13,8 @@ the format nor on the device. The hash of a kept tensor is that of its bytes.
 
 from __future__ import annotations
 
-import math
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
