@@ -35,6 +35,7 @@ CONDA_NAME = {
     "hypothesis": "hypothesis",
     "nanoarrow": "nanoarrow",
     "PyYAML": "pyyaml",
+    "coverage": "coverage",
     "hatchling": "hatchling",
 }
 EXTRAS = ("cuda13", "hub", "test")
