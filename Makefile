@@ -89,7 +89,7 @@ sanitize: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) ##
 
 floors: ## The tests on Python 3.11 with the lowest version of every dependency that pyproject.toml allows
 	$(PYTHON) -m venv --clear .venv-floors
-	$(PYTHON) -c 'import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(r.replace(">=", "==") for r in p["dependencies"] + p["optional-dependencies"]["hub"]))' >.venv-floors/constraints.txt
+	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print(*(r.replace(">=", "==") for r in p["dependencies"] + e["hub"] + e["test"] if "[" not in r), sep="\n")' >.venv-floors/constraints.txt
 	.venv-floors/bin/python $(PIP_INSTALL) --constraint .venv-floors/constraints.txt --editable '.[test]'
 	.venv-floors/bin/python -m pytest
 
