@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,3 +160,8 @@ def test_type_checkers_see_the_public_names() -> None:
     assert seen == arrowquant_gpu._HOME
     for name in arrowquant_gpu.__all__:
         assert hasattr(arrowquant_gpu, name), name
+
+
+def test_contributing_lists_the_layers() -> None:
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [tuple(re.findall(r"`(\w+)`", row)) for row in reversed(rows)] == list(LAYERS)
