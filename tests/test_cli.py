@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import arrowquant_gpu
 from arrowquant_gpu import backends, cli, cli_report, pipeline
 from arrowquant_gpu.errors import ArrowQuantError
+from arrowquant_gpu.formats import hub
 
 from .fixtures import sparse_llama, tiny_llama, write_safetensors
 
@@ -143,6 +144,16 @@ def test_include_and_ignore(model: Path, tmp_path: Path) -> None:
     actions = {t["name"]: t["action"] for t in planned["tensors"]}
     assert actions["model.embed_tokens.weight"] == "quantized"
     assert {a for n, a in actions.items() if ".layers.0." in n} == {"kept"}
+
+
+def test_a_hub_id_is_a_source(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every place where a checkpoint is read. What ids mean is tested in test_hub.py."""
+    known = {"org/name": weights, "org/small@v1": tmp_path / "q.parquet"}
+    monkeypatch.setattr(hub, "resolve", lambda src: known.get(src, Path(src)))
+    succeed("quantize", "org/name", tmp_path / "q.parquet", "--device", "cpu")
+    assert document("inspect", "org/name")["n_tensors"] == 2
+    succeed("verify", "org/small@v1", "--against", "org/name", "--device", "cpu")
+    succeed("dequantize", "org/small@v1", tmp_path / "d.safetensors", "--device", "cpu")
 
 
 def _nan(folder: Path) -> Path:
