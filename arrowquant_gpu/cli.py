@@ -218,9 +218,9 @@ def info(json: Json = False, debug: Debug = False) -> None:
     """Show versions, devices, and which backend auto would take and why."""
     with _run("info", json, False, 0, debug) as report:
         from .backends import pick_device
-        from .cli_info import devices, versions
+        from .cli_info import devices, kernel_compiler, versions
 
-        report.info(versions(), devices(), pick_device())
+        report.info(versions(), devices(), kernel_compiler(), pick_device())
 
 
 def _version(value: bool) -> None:

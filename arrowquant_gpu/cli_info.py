@@ -1,4 +1,4 @@
-"""What `arrowquant info` shows: versions, and every device with its state."""
+"""What `arrowquant info` shows: versions, every device, and the compiler of the kernels."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def devices() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def kernel_compiler() -> str:
+    """What compiles the CUDA kernels here, or why nothing does."""
+    from .backends import nvrtc
+
+    return nvrtc.missing() or f"NVRTC {nvrtc.version()}"
 
 
 def _cpu_name() -> str:

@@ -158,18 +158,22 @@ class Report:
             tensors=rows,
         )
 
-    def info(self, versions: Mapping[str, str | None], devices: Sequence[Mapping[str, Any]], auto: Device) -> None:
-        """Versions, devices, and the choice that auto makes."""
+    def info(
+        self, versions: Mapping[str, str | None], devices: Sequence[Mapping[str, Any]], compiler: str, auto: Device
+    ) -> None:
+        """Versions, devices, what compiles the kernels, and the choice that auto makes."""
         width = max(map(len, versions))
         self.add(
             *(f"{name:{width}}  {version or 'not installed'}" for name, version in versions.items()),
             "",
             *(f"{d['name']:{width}}  {d['description']}" for d in devices),
+            f"{'kernels':{width}}  {compiler}",
             "",
             f"{'auto':{width}}  {auto.name} ({auto.reason})",
             version=versions["arrowquant_gpu"],
             versions=dict(versions),
             devices=list(devices),
+            kernel_compiler=compiler,
             auto=auto._asdict(),
         )
 
