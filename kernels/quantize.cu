@@ -19,13 +19,12 @@ __device__ __forceinline__ u32 encode_exact(float x, float scale, float zero) {
   return static_cast<u32>(__float2int_rn(fminf(fmaxf(q, LOWEST), HIGHEST)) + OFFSET);
 }
 
-// The codes of a chunk of a plain range: the quotient as product with the reciprocal and one residual correction.
+// The codes of a chunk of a plain range.
 __device__ __forceinline__ u64 encode_plain(const Chunk<IN_T>& c, const Params& p) {
   u32 t[CHUNK];
 #pragma unroll
   for (int j = 0; j < CHUNK; ++j) {
-    const float x = c.value(j), q0 = __fmul_rn(x, p.reciprocal);
-    float q = __fmaf_rn(__fmaf_rn(-q0, p.scale, x), p.reciprocal, q0);
+    float q = p.quotient(c.value(j));
     if (!SYMMETRIC) q = __fadd_rn(q, p.zero);
     t[j] = __float_as_uint(__fadd_rn(fminf(q, HIGHEST), ROUND + OFFSET));
   }

@@ -11,12 +11,18 @@ struct Params {
   float zero;        // the signed zero point; 0 if symmetric
   float reciprocal;  // RN(1 / scale)
 
-  // Whether all weights of this range may be encoded by `encode_plain` (docs/kernels.md): nothing on the way overflows
-  // or loses bits, and no code is below the lowest. False if anything is not finite.
+  // x / scale as product with the reciprocal and one residual correction: where a plain weight's code could turn, the
+  // IEEE quotient (docs/kernels.md).
+  __device__ __forceinline__ float quotient(float x) const {
+    const float q = __fmul_rn(x, reciprocal);
+    return __fmaf_rn(__fmaf_rn(-q, scale, x), reciprocal, q);
+  }
+  // Whether all weights of this range may be encoded by `encode_plain`: nothing on the way overflows or loses bits, and
+  // no code is below the lowest (half a step below it is a tie, and rounds up). False if anything is not finite.
   __device__ __forceinline__ bool is_plain(float lo, float hi) const {
     constexpr float LEAST = 5.42101086242752217e-20f, MOST = 1.8446744073709551616e19f;  // 2^-64, 2^64
-    const float lowest = __fadd_rn(__fmul_rn(lo, reciprocal), zero);
-    return (scale >= LEAST) & (scale <= MOST) & (lowest >= LOWEST - 0.25f) & (__fmul_rn(hi, reciprocal) <= 1024.0f);
+    const float lowest = SYMMETRIC ? quotient(lo) : __fadd_rn(quotient(lo), zero);
+    return (scale >= LEAST) & (scale <= MOST) & (lowest >= LOWEST - 0.5f) & (__fmul_rn(hi, reciprocal) <= 1024.0f);
   }
 };
 
