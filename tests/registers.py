@@ -1,0 +1,84 @@
+"""Registers of every kernel on every architecture, held to a budget. `python -m tests.registers` compiles them all.
+
+Registers decide how many threads a GPU can keep; a spill is a compile error already. The budget, tests/registers.json,
+has one number per family of kernels (those that differ in width and symmetry only) and architecture, rounded up to what
+a GPU allocates. `python -m tests.registers --write` makes it anew, to be reviewed in the diff.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from arrowquant_gpu.backends import nvrtc, variants
+from arrowquant_gpu.backends.variants import Variant
+
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+BUDGET = Path(__file__).with_name("registers.json")
+GRANULE = 8  # registers of a thread are allocated in steps of this many
+
+# family -> architecture -> registers
+Registers = dict[str, dict[str, int]]
+
+
+def family(variant: Variant) -> str:
+    """What variants with one budget have in common.
+
+    >>> family(variants.quantize(4, True, "float16", 128))
+    'quantize IN_T=__half GROUP=128 SOLVER=minmax'
+    """
+    shared = (f"{name}={value}" for name, value in variant.macros if name not in ("BITS", "SYMMETRIC"))
+    return " ".join([variant.source, *shared])
+
+
+def measure(jobs: Iterable[tuple[Variant, int]]) -> Registers:
+    """Compile (variant, architecture) pairs on all cores; the largest count of each family, rounded up.
+
+    Raises DeviceError for the first that does not compile, spills included.
+    """
+    most: Registers = {}
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        for name, arch, registers in pool.map(_registers, jobs, chunksize=8):
+            at = most.setdefault(name, {})
+            at[arch] = max(at.get(arch, 0), -(-registers // GRANULE) * GRANULE)
+    return most
+
+
+def _registers(job: tuple[Variant, int]) -> tuple[str, str, int]:
+    variant, arch = job
+    return family(variant), str(arch), nvrtc.compile_source(variant.source, variant.defines, arch).registers
+
+
+def budget() -> Registers:
+    numbers: Registers = json.loads(BUDGET.read_text())["registers"]
+    return numbers
+
+
+def over(measured: Registers, allowed: Registers) -> Iterator[str]:
+    """What has no budget or is beyond it, in words."""
+    for name, at in measured.items():
+        for arch, registers in at.items():
+            limit = allowed.get(name, {}).get(arch)
+            if limit is None:
+                yield f"{name} on sm_{arch}: {registers} registers, no budget"
+            elif registers > limit:
+                yield f"{name} on sm_{arch}: {registers} registers, the budget is {limit}"
+
+
+def main(arguments: list[str]) -> int:
+    jobs = [(variant, arch) for arch in ARCHS for variant in variants.every()]
+    measured = measure(jobs)
+    if arguments == ["--write"]:
+        BUDGET.write_text(json.dumps({"nvrtc": nvrtc.version(), "registers": measured}, indent=1) + "\n")
+    problems = list(over(measured, budget()))
+    print("\n".join([*problems, f"{len(jobs)} kernels compiled without spills, {len(problems)} over budget"]))
+    return len(problems) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
