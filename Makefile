@@ -65,6 +65,7 @@ interop: $(call environment,.venv-interop,interop) ## Our checkpoints in the rea
 
 kernels: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## The kernels without a GPU: compiled for 7 architectures, linted, run on the CPU and simulated
 	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "(compiler or nvrtc) and not gpu"
+	$(dev) -m tests.registers
 	$(dev) benchmarks/sass.py --out build
 
 soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full counts of the sampled suites (hours); record in OUT=benchmarks/results
