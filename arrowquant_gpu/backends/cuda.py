@@ -6,6 +6,7 @@ imported itself, which happens only when a GPU is asked for or looked for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -66,25 +67,33 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(self, index: int = 0) -> None:
-        self._device = cupy.cuda.Device(index)
-        try:
+        self._index = index
+        self._functions: dict[Variant, Any] = {}
+        with self._current():
             properties = cupy.cuda.runtime.getDeviceProperties(index)
-        except Exception as e:  # see usable()
-            raise DeviceError(f"cuda:{index}: {str(e).splitlines()[0]}") from e
+            # Page-locked and never written again: a copy of it may still be under way when a call has returned.
+            self._zeros = cupyx.empty_pinned(_COUNTERS, np.uint64)
+        self._zeros[...] = 0
         self._arch = _arch(properties)
         if self._arch < MIN_ARCH:
             raise DeviceError(f"cuda:{index} has compute capability {self._arch / 10}; {MIN_ARCH / 10} is needed")
         self._max_blocks = int(properties["multiProcessorCount"]) * BLOCKS_PER_SM
-        self._functions: dict[Variant, Any] = {}
-        with self._device:  # page-locked and never written again: a copy of it may still run when a call has returned
-            self._zeros = cupyx.empty_pinned(_COUNTERS, np.uint64)
-        self._zeros[...] = 0
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[Any]:
+        """Make the device current, and yield its current stream. What CUDA fails at becomes DeviceError."""
+        try:
+            with cupy.cuda.Device(self._index):  # a new one each time: the object remembers what was current before
+                yield cupy.cuda.get_current_stream()
+        except DeviceError:
+            raise
+        except (RuntimeError, MemoryError) as e:  # CuPy's errors of the runtime, the driver, and device memory
+            raise DeviceError(f"cuda:{self._index}: {str(e).splitlines()[0]}") from e
 
     def put(self, x: NDArray[Any]) -> Any:
         """A device copy of the host array `x`, through pinned memory; `x` is free again when this returns."""
-        with self._device:
+        with self._current() as stream:
             a = cupy.empty(x.shape, x.dtype)
-            stream = cupy.cuda.get_current_stream()
             source, target = _bytes(x), _bytes(a)
             for part, stage in _stages(a.nbytes, stream):
                 stage[...] = source[part]
@@ -93,13 +102,12 @@ class CudaBackend:
             return a
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        with self._device:
+        with self._current():
             return cupy.empty(shape, dtype)
 
     def get(self, a: Any, out: NDArray[Any]) -> None:
         """Copy the device array `a` into the row-major host array `out`, through pinned memory."""
-        with self._device:
-            stream = cupy.cuda.get_current_stream()
+        with self._current() as stream:
             source, target = _bytes(a), _bytes(out)
             for part, stage in _stages(a.nbytes, stream):
                 source[part].get(stream=stream, out=stage)
@@ -111,19 +119,19 @@ class CudaBackend:
             return Findings()
         cut = _Cut.into_groups(x.shape, scheme)
         variant = variants.quantize(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name, cut.group)
-        with self._device:
-            counters = self._new_counters()
+        with self._current() as stream:
+            counters = self._new_counters(stream)
             self._write_codes(variant, cut, x, scheme, packed, scales, zeros, counters)
-            return _findings(_read(counters))
+            return _findings(_read(counters, stream))
 
     def value_range(self, x: Any) -> tuple[float, float, Findings]:
         if x.size == 0:
             return 0.0, 0.0, Findings()
         variant = variants.value_range(from_numpy(x.dtype).name)
-        with self._device:
-            counters = self._new_counters()
+        with self._current() as stream:
+            counters = self._new_counters(stream)
             self._launch(variant, -(-x.size // WEIGHTS_PER_THREAD), BLOCK, x, np.int64(x.size), counters)
-            counts = _read(counters)
+            counts = _read(counters, stream)
         findings = _findings(counts)
         if findings.first >= 0:
             return 0.0, 0.0, findings
@@ -134,7 +142,7 @@ class CudaBackend:
         if x.size == 0:
             return
         variant = variants.encode(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name)
-        with self._device:
+        with self._current():
             self._write_codes(variant, _Cut.into_pieces(x.shape, scheme), x, scheme, packed, scales, zeros, None)
 
     def dequantize(self, packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any) -> None:
@@ -143,13 +151,13 @@ class CudaBackend:
         cut = _Cut.into_pieces(out.shape, scheme)
         variant = variants.dequantize(scheme.bits, scheme.symmetric, from_numpy(out.dtype).name)
         lanes = cut.warp_lanes(1)
-        with self._device:
+        with self._current():
             args = (packed, scales, zeros, out, *cut.args(scheme), np.int32(lanes))
             self._launch(variant, cut.n_runs, BLOCK // lanes, *args)
 
-    def _new_counters(self) -> Any:
+    def _new_counters(self, stream: Any) -> Any:
         counters = cupy.empty(_COUNTERS, np.uint64)
-        counters.set(self._zeros, stream=cupy.cuda.get_current_stream())
+        counters.set(self._zeros, stream=stream)
         return counters
 
     def _write_codes(
@@ -174,16 +182,11 @@ class CudaBackend:
         """Run a kernel over `n_units` units of work on the current stream; it loops where the grid is smaller."""
         function = self._functions.get(variant)
         if function is None:
-            function = self._functions[variant] = self._load(variant)
+            cubin = nvrtc.build(variant.source, variant.defines, self._arch)
+            function = cupy.RawModule(path=str(cubin.path)).get_function(variant.source)
+            self._functions[variant] = function
         blocks = min(-(-n_units // units_per_block), self._max_blocks)
         function((blocks,), (BLOCK,), args)
-
-    def _load(self, variant: Variant) -> Any:
-        cubin = nvrtc.build(variant.source, variant.defines, self._arch)
-        try:
-            return cupy.RawModule(path=str(cubin.path)).get_function(variant.source)
-        except Exception as e:  # see usable()
-            raise DeviceError(f"{variant}: the driver does not load {cubin.path}: {str(e).splitlines()[0]}") from e
 
 
 class _Cut(NamedTuple):
@@ -266,9 +269,8 @@ def _stages(n_bytes: int, stream: Any) -> Iterator[tuple[slice, Any]]:
         yield part, buffers[turn % 2][: part.stop - start]
 
 
-def _read(counters: Any) -> NDArray[np.uint64]:
+def _read(counters: Any, stream: Any) -> NDArray[np.uint64]:
     """The counters on the host; waits for the stream."""
-    stream = cupy.cuda.get_current_stream()
     counts: NDArray[np.uint64] = cupyx.empty_pinned(_COUNTERS, np.uint64)
     counters.get(stream=stream, out=counts)
     stream.synchronize()
