@@ -127,7 +127,7 @@ FLAG_FAULTS: dict[str, tuple[tuple[str, str], Mapping[str, Edit], str]] = {
     "contraction": (
         ("-fmad=false", "-fmad=true"),
         {"solver.cuh": (HALVES, "hi * 0.5f - lo * 0.5f")},
-        "a fused multiply-add that is not listed",
+        r"mul without .rn may be contracted",
     ),
     "an approximate division": (
         ("-prec-div=true", "-prec-div=false"),
