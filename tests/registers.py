@@ -1,4 +1,5 @@
-"""Registers of every kernel on every architecture, held to a budget. `python -m tests.registers` compiles them all.
+"""Registers of every kernel on every architecture, held to a budget. `python -m tests.registers` compiles them all,
+and lints their PTX.
 
 Registers decide how many threads a GPU can keep; a spill is a compile error already. The budget, tests/registers.json,
 has one number per family of kernels (those that differ in width and symmetry only) and architecture, rounded up to what
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from arrowquant_gpu.backends import nvrtc, variants
 from arrowquant_gpu.backends.variants import Variant
+
+from .gpuless.lint import lint
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 BUDGET = Path(__file__).with_name("registers.json")
@@ -39,7 +42,7 @@ def family(variant: Variant) -> str:
 def measure(jobs: Iterable[tuple[Variant, int]]) -> Registers:
     """Compile (variant, architecture) pairs on all cores; the largest count of each family, rounded up.
 
-    Raises DeviceError for the first that does not compile, spills included.
+    Raises DeviceError for the first that does not compile, spills included, and what `lint` raises for its PTX.
     """
     most: Registers = {}
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
@@ -51,7 +54,9 @@ def measure(jobs: Iterable[tuple[Variant, int]]) -> Registers:
 
 def _registers(job: tuple[Variant, int]) -> tuple[str, str, int]:
     variant, arch = job
-    return family(variant), str(arch), nvrtc.compile_source(variant.source, variant.defines, arch).registers
+    compiled = nvrtc.compile_source(variant.source, variant.defines, arch)
+    lint(compiled.ptx)
+    return family(variant), str(arch), compiled.registers
 
 
 def budget() -> Registers:
@@ -76,7 +81,7 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--write"]:
         BUDGET.write_text(json.dumps({"nvrtc": nvrtc.version(), "registers": measured}, indent=1) + "\n")
     problems = list(over(measured, budget()))
-    print("\n".join([*problems, f"{len(jobs)} kernels compiled without spills, {len(problems)} over budget"]))
+    print("\n".join([*problems, f"{len(jobs)} kernels compiled without spills, PTX linted, {len(problems)} over budget"]))
     return len(problems) > 0
 
 
