@@ -81,7 +81,8 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--write"]:
         BUDGET.write_text(json.dumps({"nvrtc": nvrtc.version(), "registers": measured}, indent=1) + "\n")
     problems = list(over(measured, budget()))
-    print("\n".join([*problems, f"{len(jobs)} kernels compiled without spills, PTX linted, {len(problems)} over budget"]))
+    summary = f"{len(jobs)} kernels compiled without spills, their PTX linted; {len(problems)} over the register budget"
+    print("\n".join([*problems, summary]))
     return len(problems) > 0
 
 
