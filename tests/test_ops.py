@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import arrowquant_gpu.ops as ops
-from arrowquant_gpu import reference
+from arrowquant_gpu import backends, reference
 from arrowquant_gpu.backends import get_backend, pick_device
 from arrowquant_gpu.dtypes import DTYPES, WEIGHT_DTYPES
 from arrowquant_gpu.errors import DeviceError, InputError, NonFiniteError, ScaleOverflowError, SchemeError
@@ -156,3 +158,12 @@ def test_cuda_is_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("arrowquant_gpu.backends._cuda_usable", lambda: (False, "no driver"))
     with pytest.raises(DeviceError, match=r"cuda:1.*no driver"):
         ops.quantize(np.zeros((1, 8), np.float32), device="cuda:1")
+
+
+def test_a_broken_cupy_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("raise ImportError('libcudart.so is missing')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("cupy", "arrowquant_gpu.backends.cuda"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    usable, reason = backends._cuda_usable.__wrapped__()
+    assert (usable, reason) == (False, "CuPy cannot be imported: libcudart.so is missing")

@@ -117,6 +117,8 @@ def _cuda_usable() -> tuple[bool, str]:
     """Whether CUDA can be used, and the device's name or the reason why not. Imports CuPy only where it is there."""
     if importlib.util.find_spec("cupy") is None:
         return False, "CuPy is not installed (pip install 'arrowquant_gpu[cuda13]' or [cuda12])"
-    from .cuda import usable
-
+    try:
+        from .cuda import usable
+    except ImportError as e:  # a CuPy whose own libraries are missing
+        return False, f"CuPy cannot be imported: {e}"
     return usable()
