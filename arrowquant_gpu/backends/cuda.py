@@ -45,7 +45,7 @@ def usable() -> tuple[bool, str]:
             return False, "no NVIDIA GPU"
         properties = cupy.cuda.runtime.getDeviceProperties(0)
     except Exception as e:  # CuPy has no common base for a missing driver, a missing library and a driver error
-        return False, f"no usable NVIDIA GPU ({str(e).splitlines()[0]})"
+        return False, str(e).splitlines()[0]
     name, arch = properties["name"].decode(), _arch(properties)
     if arch < MIN_ARCH:
         return False, f"{name} has compute capability {arch / 10}; {MIN_ARCH / 10} is needed"
