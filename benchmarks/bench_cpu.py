@@ -143,6 +143,7 @@ def measure(candidates: list[Candidate], n_weights: int, rounds: int) -> list[di
     for turn in range(rounds + 1):
         for candidate, seen in zip(candidates, rates, strict=True):
             time.sleep(PAUSE)
+            candidate.run((turn + 1) % n_weights)  # wakes cores and threads, which slept meanwhile; not counted
             start = time.perf_counter()
             candidate.run(turn % n_weights)
             seen.append(candidate.n_bytes / (time.perf_counter() - start) / 1e9)
