@@ -6,7 +6,7 @@ A rate is bytes of weights per second, read by quantizers and written by decode,
 The weights are normally distributed, in memory that has been written, and there are enough tensors that none is in
 the cache when its turn comes. Outputs of this package, of the copy and of llama.cpp are allocated beforehand; the other
 peers allocate their own, as they do when they are used. Candidates take turns (A B C A B C ...), so that a slow moment
-of the machine hits all of them.
+of the machine hits all of them, and each is called for a while before the call that counts.
 
 Nothing here asserts a speed. It exits with an error if a peer is missing, or if bits or a peer's values are wrong.
 """
@@ -41,6 +41,7 @@ SCHEMES = ("int4_g128", "int4_g128_asym", "int8_g128", "int8_channel", "int2_g64
 SHAPE = (4096, 4096)
 THREADS = (1, 2)
 PAUSE = 0.02  # seconds between two calls: the idle threads of an OpenMP pool go on spinning for a while
+WAKING = 0.05  # seconds of calls that do not count: a virtual core that slept takes milliseconds to come back
 OURS, COPY = "arrowquant int4_g128", "copy"
 
 
@@ -143,7 +144,9 @@ def measure(candidates: list[Candidate], n_weights: int, rounds: int) -> list[di
     for turn in range(rounds + 1):
         for candidate, seen in zip(candidates, rates, strict=True):
             time.sleep(PAUSE)
-            candidate.run((turn + 1) % n_weights)  # wakes cores and threads, which slept meanwhile; not counted
+            awake = time.perf_counter() + WAKING
+            while time.perf_counter() < awake:
+                candidate.run((turn + 1) % n_weights)
             start = time.perf_counter()
             candidate.run(turn % n_weights)
             seen.append(candidate.n_bytes / (time.perf_counter() - start) / 1e9)
