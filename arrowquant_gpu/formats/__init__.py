@@ -1,7 +1,7 @@
 """Where tensors come from and go to. One file per format; this one holds what they have in common.
 
 A source is a `Checkpoint`: names, types and shapes from headers alone, and a read-only view of any tensor's bytes.
-A sink takes planned tensors in order, row block by row block, and leaves nothing under its final name until `commit`.
+A sink says where every piece of every planned tensor belongs, so that they can be written in any order.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from .pieces import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,14 @@ class Entry:
     reason: str
 
 
+class Codes(NamedTuple):
+    """What a piece [rows, columns] was quantized to, as QuantizedTensor holds it; of granularity tensor, scales (1, 1)."""
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[Any]
+    zeros: NDArray[np.uint8] | None
+
+
 class Checkpoint(Protocol):
     """A readable float checkpoint."""
 
@@ -52,15 +64,37 @@ class Checkpoint(Protocol):
         """Read-only array over the mapped file, in the tensor's dtype and shape; uint8 [n_bytes] for sub-byte types."""
         ...
 
+    def descriptor(self, file: Path, flags: int = 0) -> int:
+        """A new descriptor, opened O_RDONLY | `flags`, of one of the files; the caller closes it.
+
+        Raises SourceError where the file was changed since its header was read.
+        """
+        ...
+
+    def mapped(self, file: Path) -> NDArray[np.uint8]:
+        """All bytes of one of the files, as a read-only view of its memory map."""
+        ...
+
     def fingerprint(self) -> str:
         """Hash of all headers and of samples of the weights: tells whether a source is the one seen before."""
         ...
 
 
-class Sink(Protocol):
-    """A writable target. Calls come in the order open, then per entry its rows or bytes in order, then commit.
+class Place(NamedTuple):
+    """Where some bytes of a piece are stored: so many, from `offset` on in a file of the output."""
 
-    `abort` may come at any time after open and removes what was written.
+    file: str
+    offset: int
+    n_bytes: int
+
+
+class Sink(Protocol):
+    """A writable target whose layout follows from the plan: every piece has its places before anything is computed.
+
+    `open` makes every file in its final size (through `Output`), with all content but that of the pieces; called for
+    an output that is being resumed it writes the same again and touches no byte that belongs to a piece. Then the
+    engine writes what `stored` gives to `places`, in any order and from any thread. Nothing is under its final name
+    until `commit`; `abort` may come at any time after `open`.
     """
 
     format: str
@@ -76,24 +110,31 @@ class Sink(Protocol):
         """Bytes that this entry takes in the output, known from the plan alone."""
         ...
 
+    def pieces(self, entry: Entry) -> Sequence[Piece]:
+        """The tensor's pieces, cut as this format allows (see pieces.py)."""
+        ...
+
     def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
-        """Create and preallocate the temporary output."""
+        """Begin the output: make and lay out its files."""
         ...
 
-    def write_rows(self, entry: Entry, row: int, packed: NDArray[Any], scales: NDArray[Any], zeros: Any) -> None:
-        """The quantized rows row .. row + len(packed) of an entry (scales once, with row 0, for granularity tensor)."""
+    def places(self, piece: Piece) -> Sequence[Place]:
+        """Where the bytes of a piece belong. The places of all pieces are disjoint."""
         ...
 
-    def write_bytes(self, entry: Entry, offset: int, data: NDArray[Any]) -> None:
-        """Bytes offset .. offset + len(data) of an entry that is copied."""
+    def stored(self, piece: Piece, codes: Codes | NDArray[np.uint8]) -> Sequence[NDArray[Any]]:
+        """What goes to those places, one row-major array each: views of `codes` where the layout allows.
+
+        `codes` are the bytes themselves where the tensor is copied.
+        """
         ...
 
     def commit(self) -> tuple[Path, ...]:
-        """Finish, sync and rename to the final name. Returns the files of the output."""
+        """Sync and rename to the final name. Returns the files of the output."""
         ...
 
     def abort(self) -> None:
-        """Remove the temporary output."""
+        """Give the temporary output up; see `Output.abort`."""
         ...
 
 
