@@ -138,16 +138,36 @@ def tensor_scale(
 
     Raises NonFiniteError and ScaleOverflowError for the whole tensor. An empty tensor has arrays of shape (0, 0).
     """
-    lo, hi, findings, seen = np.float32(0), np.float32(0), Findings(), 0
+    low, high, findings, seen = 0.0, 0.0, Findings(), 0
     for block in blocks:
-        for start, part in _readable(block, backend):
-            block_lo, block_hi, found = backend.value_range(part)
-            lo, hi = min(lo, np.float32(block_lo)), max(hi, np.float32(block_hi))
-            findings = merge(findings, found, seen + start * block.shape[1], 0)
+        block_low, block_high, found = range_of_rows(block, backend=backend)
+        low, high = min(low, block_low), max(high, block_high)
+        findings = merge(findings, found, seen, 0)
         seen += block.shape[0] * block.shape[1]
     check(findings, scheme, name=name, shape=shape)
+    return solve_tensor(low, high, scheme, name=name, shape=shape)
+
+
+def range_of_rows(x: Any, *, backend: Backend) -> tuple[float, float, Findings]:
+    """(min(0, lowest), max(0, highest), findings) of a block of rows [rows, length] of any weight dtype and strides."""
+    low, high, findings = 0.0, 0.0, Findings()
+    for start, part in _readable(x, backend):
+        part_low, part_high, found = backend.value_range(part)
+        low, high = min(low, part_low), max(high, part_high)
+        findings = merge(findings, found, start * x.shape[1], 0)
+    return low, high, findings
+
+
+def solve_tensor(
+    low: float, high: float, scheme: Scheme, *, name: str, shape: tuple[int, ...]
+) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    """The scale and zero point, arrays (1, 1), of a tensor with this range; (0, 0) where it is empty.
+
+    Raises ScaleOverflowError.
+    """
     size = scheme.scales_shape(shape)
-    scales, zeros, overflow = reference.scales_and_zeros(np.full(size, lo), np.full(size, hi), scheme)
+    lowest, highest = np.full(size, low, np.float32), np.full(size, high, np.float32)
+    scales, zeros, overflow = reference.scales_and_zeros(lowest, highest, scheme)
     check(overflow, scheme, name=name, shape=shape)
     return scales, zeros
 
