@@ -17,6 +17,7 @@ import typer
 
 from . import __version__
 from .cli_progress import compile_time, progress_bar
+from .cli_size import parse_size
 from .cli_report import Report
 from .errors import ArrowQuantError, SchemeError
 from .schemes import Scheme
@@ -73,7 +74,13 @@ def quantize(
             "parquet for a lone file]",
         ),
     ] = None,
-    device: Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="auto (a usable GPU, else the CPU), cpu, cuda:N, several with commas, or all GPUs. Same bytes.",
+        ),
+    ] = "auto",
     include: Annotated[
         list[str] | None, typer.Option(metavar="RE", help="Quantize tensors whose name matches; may be repeated.")
     ] = None,
@@ -83,6 +90,24 @@ def quantize(
     validate: Annotated[bool, typer.Option("--validate", help="Measure the error of every tensor on the way.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run for the same DST ended. Same bytes.")
+    ] = False,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Host and device memory together, like 500MB or 8GiB. [default: no limit]"),
+    ] = None,
+    read: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="mapped, buffered, direct (past the page cache) or gds (GPUDirect, with kvikio), or auto.",
+        ),
+    ] = "auto",
+    timeline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what ran when as a trace for ui.perfetto.dev or chrome://tracing."),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -96,7 +121,7 @@ def quantize(
     otherwise. --dry-run shows what would happen to each tensor and why.
     """
     with _run("quantize", json, quiet, verbose, debug) as report:
-        from .backends import pick_device
+        from .backends import pick_devices
         from .formats.hub import resolve
         from .pipeline import quantize_checkpoint
 
@@ -110,8 +135,9 @@ def quantize(
         if dry_run:
             report.plan(quantize_checkpoint(source, dst, chosen, dry_run=True, **options))
             return
-        picked = pick_device(device)
-        options |= {"device": picked.name, "threads": threads, "validate": validate}
+        picked = pick_devices(device)
+        options |= {"device": [p.name for p in picked], "threads": threads, "validate": validate, "read": read}
+        options |= {"memory_limit": parse_size(memory_limit), "resume": resume, "timeline": timeline}
         with progress_bar("quantizing", shown=not quiet) as progress, compile_time(picked) as compiling:
             result = quantize_checkpoint(source, dst, chosen, progress=progress, **options)
         report.quantized(result, src, dst, picked, compiling())
@@ -157,7 +183,7 @@ def dequantize(
         from .pipeline.dequantize import dequantize_checkpoint
 
         picked = pick_device(device)
-        with progress_bar("decoding", shown=not quiet) as progress, compile_time(picked) as compiling:
+        with progress_bar("decoding", shown=not quiet) as progress, compile_time([picked]) as compiling:
             result = dequantize_checkpoint(
                 resolve(src),
                 dst,
@@ -262,15 +288,20 @@ def _run(command: str, json: bool, quiet: bool, verbose: int, debug: bool) -> It
         except ArrowQuantError as e:
             # What was found out before the error (verify: the figures) is still worth printing.
             report.flush()
-            _fail(str(e), e.exit_code, debug)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was left behind", INTERRUPTED, debug)
+            _fail(" ".join([str(e), *_notes(e)]), e.exit_code, debug)
+        except KeyboardInterrupt as e:
+            _fail(" ".join(["interrupted;", *_notes(e, "nothing was left behind")]), INTERRUPTED, debug)
         except BrokenPipeError:
             # The reader of stdout (head, less) has gone. Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(BROKEN_PIPE) from None
         except Exception as e:
             _fail(f"a bug in arrowquant, please report it with the output of --debug: {e!r}", BUG, debug)
+
+
+def _notes(error: BaseException, otherwise: str = "") -> list[str]:
+    """What was added to an error on its way: how much is finished, and how to go on."""
+    return getattr(error, "__notes__", None) or ([otherwise] if otherwise else [])
 
 
 def _fail(message: str, exit_code: int, debug: bool) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -36,12 +36,12 @@ def progress_bar(verb: str, *, shown: bool = True) -> Iterator[Callable[[int, in
 
 
 @contextlib.contextmanager
-def compile_time(device: Device) -> Iterator[Callable[[], float]]:
-    """A function that says, after the body, how many seconds of it Numba spent compiling for `device`.
+def compile_time(devices: Sequence[Device]) -> Iterator[Callable[[], float]]:
+    """A function that says, after the body, how many seconds of it Numba spent compiling for `devices`.
 
     Without it, the first run on a machine would look a hundred times slower than all others.
     """
-    if device.name != "cpu":
+    if all(device.name != "cpu" for device in devices):
         yield lambda: 0.0
         return
     from numba.core import event

@@ -89,16 +89,20 @@ class Report:
         rows, summary = plan.table.to_pylist(), plan.summary
         self.add(table(rows, _PLAN), _totals(summary, "would be"), *_warnings(summary), summary=summary, tensors=rows)
 
-    def quantized(self, manifest: Manifest, src: str, dst: object, device: Device, compiling: float) -> None:
+    def quantized(self, manifest: Manifest, src: str, dst: object, devices: Sequence[Device], compiling: float) -> None:
         """A finished run: totals, speed, and the worst tensors where they were measured. `compiling`: seconds of it."""
         rows, summary = manifest.table.to_pylist(), manifest.summary
+        device = Device(", ".join(d.name for d in devices), devices[0].reason)
         worst = sorted((r for r in rows if r["cosine"] is not None), key=lambda r: r["cosine"])[:N_WORST]
         measured: list[Table | str] = [f"worst {len(worst)} by cosine:", table(worst, _FIGURES)] if worst else []
         self.add(
             f"{src} -> {dst} ({summary['format']})",
             _totals(summary, "were"),
-            _speed(summary["bytes_before"], summary["seconds"], device, compiling),
+            _speed(summary["bytes_before"], summary["seconds"], device, compiling)
+            + f", then {summary['flush_seconds']:.2f} s until all was on the disk",
+            *([f"{summary['resumed']} tensors had been finished before"] if summary["resumed"] else []),
             *measured,
+            *summary["notes"],
             *_warnings(summary),
             source=src,
             target=str(dst),

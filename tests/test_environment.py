@@ -23,6 +23,7 @@ CONDA_NAME = {
     "ml_dtypes": "ml_dtypes",
     "numba": "numba",
     "nvtx": "nvtx",
+    "xxhash": "python-xxhash",
     "typer": "typer",
     "rich": "rich",
     "cupy-cuda13x": "cupy",

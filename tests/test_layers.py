@@ -20,13 +20,14 @@ ROOT = Path(__file__).parent.parent
 
 # A unit is a module or package directly under arrowquant_gpu/. It may import units of lower layers.
 LAYERS = (
-    ("errors", "dtypes", "schemes"),
+    ("errors", "dtypes", "schemes", "trace"),
     ("arrow_values", "dlpack"),
     ("arrow_weights", "device_arrow", "pinned"),
     ("tensor", "reference", "arrow_columns"),
     ("backends", "interchange"),
     ("ops",),
     ("formats",),
+    ("engine",),
     ("pipeline",),
     ("cli",),
 )

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import DeviceError
@@ -85,6 +86,28 @@ def pick_device(device: str = "auto") -> Device:
     if not usable:
         raise DeviceError(f"device {device!r} was asked for and cannot be used: {reason}")
     return Device(f"cuda:{match[1] or 0}", "asked for")
+
+
+def pick_devices(device: str | Sequence[str] = "auto") -> list[Device]:
+    """Resolve one or several device names: a list, names with commas between them, or "all" usable GPUs.
+
+    >>> [picked.name for picked in pick_devices("cpu")]
+    ['cpu']
+
+    Raises DeviceError as `pick_device` does, for "all" where there is no usable GPU, and for a device named twice.
+    """
+    if device == "all":
+        usable, reason = _cuda_usable()
+        if not usable:
+            raise DeviceError(f"device 'all' means every GPU, and there is none that can be used: {reason}")
+        from .cuda import n_devices
+
+        return [Device(f"cuda:{i}", "one of all") for i in range(n_devices())]
+    names = device.split(",") if isinstance(device, str) else device
+    picked = [pick_device(name.strip()) for name in names]
+    if not picked or len({p.name for p in picked}) < len(picked):
+        raise DeviceError(f"device {device!r}: name one device, or several different ones")
+    return picked
 
 
 def get_backend(device: str = "auto", threads: int | None = None) -> Backend:

@@ -10,7 +10,7 @@ order. This file holds what the parts have in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 from ..formats import Codes
 from ..formats.pieces import Piece
 from ..reference import Findings
+
+
+# Called with (bytes of the source done, bytes in all, name of a tensor), from the thread that asked for the work.
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class Device(Protocol):
     """Something that quantizes: its ring of slots, and the memory they hold."""
 
     name: str
+    reader: Reader
     slots: tuple[Slot, ...]
     # What users should know of how the ring came about, for example that it was made smaller; sentences.
     notes: tuple[str, ...]

@@ -94,7 +94,7 @@ class Sink(Protocol):
     `open` makes every file in its final size (through `Output`), with all content but that of the pieces; called for
     an output that is being resumed it writes the same again and touches no byte that belongs to a piece. Then the
     engine writes what `stored` gives to `places`, in any order and from any thread. Nothing is under its final name
-    until `commit`; `abort` may come at any time after `open`.
+    until `commit`; where it comes to an error instead, the output is aborted.
     """
 
     format: str
@@ -131,10 +131,6 @@ class Sink(Protocol):
 
     def commit(self) -> tuple[Path, ...]:
         """Sync and rename to the final name. Returns the files of the output."""
-        ...
-
-    def abort(self) -> None:
-        """Give the temporary output up; see `Output.abort`."""
         ...
 
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import FormatError, SourceError
 from ..schemes import Scheme
-from . import Checkpoint, Entry, TensorInfo, safetensors
+from . import Checkpoint, Codes, Entry, Place, TensorInfo, safetensors
 from .compressed_tensors import BITS, INDEX, RECORD, n_words, stored_tensors
 from .model_card import model_card
 from .output import MANIFEST, Output, target_errors
+from .pieces import Cut, Piece, pieces
 
 # Linear layers of these models are transformers' Conv1D modules, [in, out], which the readers do not match.
 CONV1D_MODELS = frozenset({"gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp"})
@@ -50,9 +51,6 @@ class CompressedTensorsSink:
         self._output = output
         self._config = config
         self._places: dict[str, tuple[str, int]] = {}
-        # Words of zero points, and how many rows of them are still to come.
-        self._zeros: dict[str, tuple[NDArray[np.uint32], int]] = {}
-        self._bytes_left = 0
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """The scheme with scales in the weights' own dtype. See `Sink`."""
@@ -96,10 +94,16 @@ class CompressedTensorsSink:
         """Bytes of all tensors of this entry, without their part of the header. See `Sink`."""
         return sum(_n_bytes(dtype, shape) for dtype, shape in stored_tensors(entry.info, entry.scheme).values())
 
+    def pieces(self, entry: Entry) -> list[Piece]:
+        """See `Sink`. A word holds the zero points of 32 / bits rows, so these stay together."""
+        scheme = entry.scheme
+        if scheme is None or scheme.symmetric:
+            return pieces(entry, Cut(within_rows=True))
+        return pieces(entry, Cut(rows=32 // scheme.bits))
+
     def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
         """Make every file of the output in its final size, all but the weights in their final content. See `Sink`."""
         out = self._output
-        out.begin()
         self._write_side_files(source, provenance)
         self._write_json("config.json", self._config_of(entries, provenance))
         # One output file per source file: what lay together stays together, and no plan of sizes is needed.
@@ -121,59 +125,64 @@ class CompressedTensorsSink:
             self._places |= {tensor: (name, begin) for tensor, (begin, _) in places.items()}
             weight_map |= dict.fromkeys(places, name)
             total += sum(end - begin for begin, end in places.values())
-        self._bytes_left = total
         if len(sources) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._write_json(INDEX, index)
         for entry in entries:
             if entry.scheme is not None:
-                self._write(_module(entry) + ".weight_shape", 0, np.array(entry.info.shape, "<i8"))
+                file, begin = self._places[_module(entry) + ".weight_shape"]
+                out.write(file, begin, np.array(entry.info.shape, "<i8"))
 
-    def write_rows(self, entry: Entry, row: int, packed: NDArray[Any], scales: NDArray[Any], zeros: Any) -> None:
-        """Rows in any order, each once. See `Sink`."""
-        assert entry.scheme is not None
-        module = _module(entry)
-        row_bytes = 4 * n_words(entry.info.shape[1], entry.scheme.bits)
-        if packed.shape[1] != row_bytes:
-            packed = np.pad(packed, ((0, 0), (0, row_bytes - packed.shape[1])))
-        self._write(module + ".weight_packed", row * row_bytes, packed)
-        self._write(module + ".weight_scale", row * scales.shape[1] * scales.itemsize, scales)
-        if zeros is not None:
-            self._write_zeros(entry, row, zeros)
-
-    def write_bytes(self, entry: Entry, offset: int, data: NDArray[Any]) -> None:
+    def places(self, piece: Piece) -> list[Place]:
         """See `Sink`."""
-        self._write(entry.info.name, offset, data)
+        entry, scheme = piece.entry, piece.entry.scheme
+        if scheme is None:
+            return [self._place(entry.info.name, piece.column, piece.n_bytes)]
+        module, length = _module(entry), entry.info.shape[1]
+        row_bytes, group = 4 * n_words(length, scheme.bits), scheme.group_length(length)
+        column_bytes = piece.column * scheme.bits // 8
+        # The last codes of a row are followed by its padding.
+        is_end = piece.column + piece.columns == length
+        n_codes = piece.rows * ((row_bytes - column_bytes) if is_end else piece.columns * scheme.bits // 8)
+        scale_bytes = DTYPES[scheme.scale_dtype].bits // 8
+        groups = -(-length // group)
+        n_scales = piece.rows * -(-piece.columns // group)
+        found = [
+            self._place(module + ".weight_packed", piece.row * row_bytes + column_bytes, n_codes),
+            self._place(
+                module + ".weight_scale",
+                (piece.row * groups + piece.column // group) * scale_bytes,
+                n_scales * scale_bytes,
+            ),
+        ]
+        if not scheme.symmetric:
+            first, n = piece.row * scheme.bits // 32, n_words(piece.rows, scheme.bits)
+            found.append(self._place(module + ".weight_zero_point", first * groups * 4, n * groups * 4))
+        return found
+
+    def stored(self, piece: Piece, codes: Codes | NDArray[np.uint8]) -> list[NDArray[Any]]:
+        """See `Sink`."""
+        if not isinstance(codes, Codes):
+            return [codes]
+        scheme = piece.entry.scheme
+        assert scheme is not None
+        packed, length = codes.packed, piece.entry.info.shape[1]
+        if piece.column + piece.columns == length:
+            wanted = 4 * n_words(length, scheme.bits) - piece.column * scheme.bits // 8
+            if packed.shape[1] != wanted:
+                packed = np.pad(packed, ((0, 0), (0, wanted - packed.shape[1])))
+        arrays: list[NDArray[Any]] = [packed, codes.scales]
+        if codes.zeros is not None:
+            arrays.append(_zero_words(codes.zeros, scheme.bits))
+        return arrays
 
     def commit(self) -> tuple[Path, ...]:
-        """See `Sink`. Raises RuntimeError where not everything was written: it would read as zeros."""
-        if self._bytes_left:
-            raise RuntimeError(f"{self._output.target}: {self._bytes_left} bytes were not written, or written twice")
+        """See `Sink`."""
         return self._output.commit()
 
-    def abort(self) -> None:
-        """See `Sink`."""
-        self._output.abort()
-
-    def _write(self, tensor: str, offset: int, data: NDArray[Any]) -> None:
+    def _place(self, tensor: str, offset: int, n_bytes: int) -> Place:
         file, begin = self._places[tensor]
-        self._output.write(file, begin + offset, data)
-        self._bytes_left -= data.nbytes
-
-    def _write_zeros(self, entry: Entry, row: int, zeros: NDArray[np.uint8]) -> None:
-        """A word holds the zero points of 32 / bits rows: staged per tensor, written when all its rows are there."""
-        assert entry.scheme is not None
-        bits, n = entry.scheme.bits, entry.info.shape[0]
-        name, per_word = _module(entry) + ".weight_zero_point", 32 // bits
-        words, left = self._zeros.pop(name, (np.zeros((n_words(n, bits), zeros.shape[1]), "<u4"), n))
-        for k in range(min(per_word, len(zeros))):
-            first = row + k
-            part = zeros[k::per_word].astype(np.uint32) << np.uint32(first % per_word * bits)
-            words[first // per_word : first // per_word + len(part)] |= part
-        if left > len(zeros):
-            self._zeros[name] = words, left - len(zeros)
-        else:
-            self._write(name, 0, words)
+        return Place(file, begin + offset, n_bytes)
 
     def _write_side_files(self, source: Checkpoint, provenance: dict[str, str]) -> None:
         root = source.path if source.path.is_dir() else source.path.parent
@@ -192,7 +201,7 @@ class CompressedTensorsSink:
         self._write_text("README.md", model_card(card, provenance, summary))
 
     def _copy(self, file: Path, name: str) -> None:
-        with _open(file) as source, target_errors(self._output.target), self._output.path(name).open("xb") as target:
+        with _open(file) as source, target_errors(self._output.target), self._output.path(name).open("wb") as target:
             shutil.copyfileobj(source, target)
 
     def _write_json(self, name: str, value: object) -> None:
@@ -267,3 +276,13 @@ def _module(entry: Entry) -> str:
 
 def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return -(-math.prod(shape) * DTYPES[dtype].bits // 8)
+
+
+def _zero_words(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """Zero points [rows, groups] as words [n_words(rows), groups]: a word holds those of 32 / bits rows."""
+    per_word = 32 // bits
+    words = np.zeros((n_words(len(zeros), bits), zeros.shape[1]), "<u4")
+    for k in range(min(per_word, len(zeros))):
+        part = zeros[k::per_word].astype(np.uint32) << np.uint32(k * bits)
+        words[: len(part)] |= part
+    return words

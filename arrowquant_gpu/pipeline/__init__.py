@@ -1,9 +1,9 @@
-"""From checkpoint to checkpoint: policy, plan, engine, manifest.
+"""From checkpoint to checkpoint: policy, plan, manifest, verification.
 
-`quantize_checkpoint` puts them together. A plan is made from headers alone; the engine carries it out in blocks.
+`quantize_checkpoint` puts them together. A plan is made from headers alone; the engine carries it out in pieces.
 """
 
-from .engine import Progress
+from ..engine import Progress
 from .manifest import Manifest
 from .plan import Plan, make_plan
 from .quantize import quantize_checkpoint

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .. import __version__, ops
 from ..backends import Backend, get_backend
 from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..engine import Progress
 from ..errors import InputError
 from ..formats import Entry, QuantizedCheckpoint, safetensors
 from ..formats.compressed_tensors import INDEX
@@ -27,7 +28,6 @@ from ..formats.model_card import model_card
 from ..formats.output import FILES_KEY, MANIFEST, Output, target_errors
 from ..formats.quantized import open_quantized, pieces
 from ..tensor import QuantizedTensor
-from .engine import Progress
 
 SHARD_BYTES = 5_000_000_000
 

@@ -3,28 +3,27 @@
 Columns: those of the plan (`plan.COLUMNS`), and
 
     cosine, sqnr_db, max_error   error figures of quantized tensors, null unless validation was asked for
-    hash                         BLAKE2b-128, hex, see below
-    seconds                      time spent on the tensor
+    hash                         XXH3-128 of the tensor's stored bytes, hex; see engine/hashes.py
 
-The hash of a quantized tensor is that of three BLAKE2b-128 digests, one after the other: of its packed codes, of its
-scales and of its zero points (of nothing, where there are none), as QuantizedTensor holds them. It depends neither on
-the format nor on the device. The hash of a kept tensor is that of its bytes.
+It depends on the source and the options alone: every run on any device writes the same manifest. What differs from run
+to run, time and devices, is in `Manifest.run`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..engine.journal import Finished
 from ..formats.output import FILES_KEY
-from .figures import Figures
 from .plan import COLUMNS as PLAN_COLUMNS
 from .plan import Plan
 
@@ -35,32 +34,41 @@ COLUMNS = pa.schema(
         pa.field("sqnr_db", pa.float64()),
         pa.field("max_error", pa.float64()),
         pa.field("hash", pa.string(), nullable=False),
-        pa.field("seconds", pa.float64(), nullable=False),
     ]
 )
 
 
-class Record(NamedTuple):
-    """What the engine measured on one tensor."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a run went.
 
-    figures: Figures | None
-    hash: str
+    seconds: from the first look at the source until all was written, without the flush
+    flush_seconds: until the files were on the disk and under their final names
+    devices: their names
+    resumed: tensors that an interrupted run had finished
+    notes: sentences on what users should know, for example that a GPU ran out of memory
+    """
+
     seconds: float
+    flush_seconds: float
+    devices: tuple[str, ...]
+    resumed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The result of a run: `table`, `summary`, the `plan` it carried out and the `files` of the output."""
+    """The result of a run: `table`, `summary`, the `plan` it carried out, the `files` of the output, and the `run`."""
 
     plan: Plan
     table: pa.Table
     files: tuple[Path, ...]
-    seconds: float
+    run: Run
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The plan's totals, seconds, and where validated the worst tensor by cosine."""
-        summary = {**self.plan.summary, "seconds": self.seconds}
+        """The plan's totals, those of the run, and where validated the worst tensor by cosine."""
+        summary = {**self.plan.summary, **dataclasses.asdict(self.run)}
         columns = (self.table[key].to_pylist() for key in ("cosine", "name"))
         cosines = [(cosine, name) for cosine, name in zip(*columns, strict=True) if cosine is not None]
         if cosines:
@@ -69,17 +77,11 @@ class Manifest:
 
 
 def manifest_table(
-    plan: Plan, records: Sequence[Record], files: Sequence[str], provenance: Mapping[str, str]
+    plan: Plan, finished: Sequence[Finished], files: Sequence[str], provenance: Mapping[str, str]
 ) -> pa.Table:
     """The plan's table with what was measured; the schema metadata holds the files and `arrowquant.*` provenance."""
-    figures = [r.figures for r in records]
-    measured = [
-        [None if f is None else f.cosine for f in figures],
-        [None if f is None else f.sqnr_db for f in figures],
-        [None if f is None else f.max_error for f in figures],
-        [r.hash for r in records],
-        [r.seconds for r in records],
-    ]
+    measured = [[None if f.figures is None else f.figures[i] for f in finished] for i in range(3)]
+    measured.append([f.hash for f in finished])
     metadata = {FILES_KEY: json.dumps(sorted(files))}
     metadata |= {f"arrowquant.{key}".encode(): value for key, value in provenance.items()}
     return pa.table([*plan.table.columns, *measured], schema=COLUMNS.with_metadata(metadata))

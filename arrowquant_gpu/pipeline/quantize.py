@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
-from .. import __version__
-from ..backends import get_backend
-from ..errors import FormatError
+import xxhash
+
+from .. import __version__, trace
+from ..backends import pick_devices
+from ..engine import Device, Progress
+from ..engine import run as engine
+from ..engine.journal import Journal
+from ..engine.ring import open_devices
+from ..errors import FormatError, InputError
 from ..formats import Checkpoint, Sink
 from ..formats.checkpoint import open_checkpoint
 from ..formats.compressed_tensors_sink import CompressedTensorsSink
-from ..formats.output import Output
+from ..formats.output import Output, target_errors
 from ..schemes import Scheme
-from . import engine
-from .engine import Progress
-from .manifest import Manifest
+from .manifest import Manifest, Run, manifest_table, write_manifest
 from .plan import Plan, make_plan
 
 FORMATS = ("compressed-tensors", "parquet", "arrow")
@@ -30,12 +37,16 @@ def quantize_checkpoint(
     *,
     dry_run: Literal[True],
     format: str | None = ...,
-    device: str = ...,
+    device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
     validate: bool = ...,
     overwrite: bool = ...,
     threads: int | None = ...,
+    read: str = ...,
+    memory_limit: int | None = ...,
+    resume: bool = ...,
+    timeline: str | Path | None = ...,
     progress: Progress | None = ...,
 ) -> Plan: ...
 
@@ -48,12 +59,16 @@ def quantize_checkpoint(
     *,
     dry_run: Literal[False] = ...,
     format: str | None = ...,
-    device: str = ...,
+    device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
     validate: bool = ...,
     overwrite: bool = ...,
     threads: int | None = ...,
+    read: str = ...,
+    memory_limit: int | None = ...,
+    resume: bool = ...,
+    timeline: str | Path | None = ...,
     progress: Progress | None = ...,
 ) -> Manifest: ...
 
@@ -64,13 +79,17 @@ def quantize_checkpoint(
     scheme: str | Scheme = "int4_g128",
     *,
     format: str | None = None,  # noqa: A002 - the word users know
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
     validate: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     threads: int | None = None,
+    read: str = "auto",
+    memory_limit: int | None = None,
+    resume: bool = False,
+    timeline: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Manifest | Plan:
     """Quantize the safetensors checkpoint `src` into `dst`, which appears when it is complete.
@@ -79,16 +98,23 @@ def quantize_checkpoint(
     dst: a directory for format "compressed-tensors", a file for "parquet" and "arrow"
     scheme: a scheme id; the format may store its scales in another type, see `Plan`
     format: by default "compressed-tensors" for a directory with config.json, else "parquet"
-    device, threads: as in `quantize`; every device gives the same bytes
+    device: as in `quantize`, or several of them ("cuda:0,cuda:1", a list, or "all" GPUs), which share the work;
+        every choice gives the same bytes
+    threads: of the CPU
     include, ignore: regular expressions over tensor names, see docs/policy.md
     validate: measure the error of every quantized tensor (columns of the manifest)
     overwrite: replace what is at `dst`; only ever what an earlier run wrote, never the source
     dry_run: return the plan; reads headers only and writes nothing
+    read: how the source is read: "auto", "mapped", "buffered", "direct" (past the page cache) or "gds" (GPUDirect
+        Storage, with kvikio)
+    memory_limit: bytes of anonymous host memory and of device memory together; the buffers are made to fit
+    resume: go on where an interrupted run for the same `dst` ended; the result is the same as without interruption
+    timeline: a file for a trace of what ran when, for chrome://tracing or ui.perfetto.dev
     progress: called with (bytes done, bytes in all, tensor name); an exception from it ends the run
 
     Returns the Manifest, which also lies beside the output, or the Plan of a dry run; both have `table` and `summary`.
-    Memory: a few blocks of 16 MiB, however large the model. After any error, KeyboardInterrupt included, `dst` is
-    what it was before.
+    Memory: some buffers of 16 MiB, however large the model. After any error, KeyboardInterrupt included, `dst` is
+    what it was before. What is finished is kept beside it for `resume`, unless the weights themselves are at fault.
 
         >>> import tempfile, numpy as np, safetensors.numpy
         >>> folder = Path(tempfile.mkdtemp())
@@ -100,21 +126,75 @@ def quantize_checkpoint(
     Raises SchemeError, SourceError, PolicyError, FormatError, TargetError, NonFiniteError, ScaleOverflowError and
     DeviceError.
     """
+    start = time.perf_counter()
     scheme = Scheme.parse(scheme)
     source = open_checkpoint(src)
     format_name = format or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
     files = {info.file for info in source.tensors.values()}
     is_directory = format_name == "compressed-tensors"
-    output = Output(dst, is_directory=is_directory, sources=[source.path, *sorted(files)], overwrite=overwrite)
-    sink = open_sink(format_name, output, source)
-    plan = make_plan(source, sink, scheme, include, ignore)
-    if dry_run:
-        return plan
-    output.check()
-    backend = get_backend(device, threads)
-    return engine.run(
-        plan, source, sink, output, backend, provenance(source, plan), validate=validate, progress=progress
+    output = Output(
+        dst, is_directory=is_directory, sources=[source.path, *sorted(files)], overwrite=overwrite, resume=resume
     )
+    sink = open_sink(format_name, output, source)
+    with contextlib.nullcontext() if timeline is None or dry_run else trace.timeline(timeline):
+        with trace.span("plan", source.path.name):
+            plan = make_plan(source, sink, scheme, include, ignore)
+        if dry_run:
+            return plan
+        output.check()
+        pieces = [piece for entry in plan.entries for piece in sink.pieces(entry)]
+        options: dict[str, Any] = {"threads": threads, "read": read, "memory_limit": memory_limit}
+        names = [picked.name for picked in pick_devices(device)]
+        with open_devices(names, source, pieces, validate=validate, **options) as devices:
+            return _carry_out(plan, source, sink, output, devices, start, validate, progress)
+
+
+def _carry_out(
+    plan: Plan,
+    source: Checkpoint,
+    sink: Sink,
+    output: Output,
+    devices: Sequence[Device],
+    start: float,
+    validate: bool,
+    progress: Progress | None,
+) -> Manifest:
+    origin = provenance(source, plan)
+    try:
+        output.begin()
+        with contextlib.closing(Journal(output, fingerprint(plan, origin, validate))) as journal:
+            with trace.span("plan", "layout"):
+                sink.open(plan.entries, source, dict(origin))
+            finished = engine.run(plan.entries, sink, output, devices, journal, validate=validate, progress=progress)
+            resumed = sum(f is journal.finished.get(f.name) for f in finished)
+        table = manifest_table(plan, finished, [*output.names(), output.manifest], origin)
+        with target_errors(output.target):
+            write_manifest(table, output.path(output.manifest))
+        written = time.perf_counter()
+        with trace.span("write", "flush"):
+            names = sink.commit()
+    except BaseException as e:
+        # What the weights themselves are at fault for would only come again.
+        n = output.abort(keep=not isinstance(e, InputError))
+        if n:
+            e.add_note(
+                f"{n} of {len(plan.entries)} tensors are finished: run the same command with --resume to continue."
+            )
+        raise
+    notes = tuple(note for device in devices for note in (*device.notes, *device.reader.notes))
+    run = Run(written - start, time.perf_counter() - written, tuple(device.name for device in devices), resumed, notes)
+    return Manifest(plan, table, names, run)
+
+
+def fingerprint(plan: Plan, origin: Mapping[str, str], validate: bool) -> dict[str, str]:
+    """What must be alike for one run to go on where another was interrupted."""
+    decisions = [(e.info.name, e.scheme and e.scheme.id, e.reason, e.info.dtype, e.info.shape) for e in plan.entries]
+    return {
+        **origin,
+        "format": plan.format,
+        "tensors": xxhash.xxh3_128_hexdigest(json.dumps(decisions)),
+        "validate": str(validate),
+    }
 
 
 def open_sink(format_name: str, output: Output, source: Checkpoint) -> Sink:

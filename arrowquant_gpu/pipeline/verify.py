@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from .. import ops
 from ..backends import Backend, get_backend
+from ..engine import Progress
+from ..engine.figures import Figures
 from ..errors import InputError, VerifyError
 from ..formats import Checkpoint, Entry, QuantizedCheckpoint, TensorInfo
 from ..formats.checkpoint import open_checkpoint
@@ -25,8 +27,6 @@ from ..formats.quantized import open_quantized, pieces
 from ..reference import TINY, to_float32
 from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
-from .engine import Progress
-from .figures import Figures
 
 # The least cosine accepted by default: (bits, granularity) -> cosine. docs/verify.md has the measurements.
 MIN_COSINE: Mapping[int, Mapping[str, float]] = {

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 # Rows are compared in pieces of about this many weights, so that the float64 copies stay small.
 _PIECE = 1 << 18
+
+
+class Errors(NamedTuple):
+    """Of a block of rows: sums [4, rows] of x*x, y*y, x*y and (x-y)*(x-y), originals x and decoded y; largest |x-y|."""
+
+    sums: NDArray[np.float64]
+    largest: float
+
+
+def errors(original: NDArray[Any], decoded: NDArray[Any]) -> Errors:
+    """Compare two blocks [rows, length] of any float dtype; `original` is finite."""
+    rows, length = original.shape
+    sums, largest = np.zeros((4, rows)), 0.0
+    if original.size:
+        step = max(1, _PIECE // length)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            x, y = original[part].astype(np.float64), decoded[part].astype(np.float64)
+            sums[:3, part] = np.sum(x * x, axis=1), np.sum(y * y, axis=1), np.sum(x * y, axis=1)
+            y -= x
+            largest = max(largest, float(np.abs(y).max()))
+            sums[3, part] = np.sum(y * y, axis=1)
+    return Errors(sums, largest)
 
 
 class Figures:
@@ -32,19 +55,13 @@ class Figures:
         self._sums = np.zeros((4, 1))
 
     def add(self, original: NDArray[Any], decoded: NDArray[Any]) -> None:
-        """Compare two blocks [rows, length] of any float dtype; `original` is finite."""
-        rows, length = original.shape
-        if original.size == 0:
-            return
-        step = max(1, _PIECE // length)
-        for start in range(0, rows, step):
-            x = original[start : start + step].astype(np.float64)
-            y = decoded[start : start + step].astype(np.float64)
-            sums = [np.sum(x * x, axis=1), np.sum(y * y, axis=1), np.sum(x * y, axis=1)]
-            y -= x
-            self.max_error = max(self.max_error, float(np.abs(y).max()))
-            sums.append(np.sum(y * y, axis=1))
-            self._sums = np.cumsum(np.hstack([self._sums, sums]), axis=1)[:, -1:]
+        """The next block: see `errors`."""
+        self.extend(errors(original, decoded))
+
+    def extend(self, block: Errors) -> None:
+        """The next block, compared already."""
+        self.max_error = max(self.max_error, block.largest)
+        self._sums = np.cumsum(np.hstack([self._sums, block.sums]), axis=1)[:, -1:]
 
     @property
     def cosine(self) -> float:

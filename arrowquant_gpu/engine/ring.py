@@ -1,0 +1,93 @@
+"""`open_devices`: every device with a ring of slots, as large as is useful and the memory limit allows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..backends import get_backend
+from ..dtypes import KERNEL_DTYPES
+from ..errors import InputError
+from ..formats import Checkpoint
+from ..formats.pieces import PIECE_BYTES, Piece
+from . import Device, Sizes
+from .host import HostDevice
+from .loads import sizes
+from .readers import open_reader
+
+# A GPU's slots: large enough that a launch and two events cost nothing, and so many that reading and writing, at a few
+# GB/s a thread, keep up with the link.
+SLOT_BYTES, SLOTS = 2 * PIECE_BYTES, 16
+# Left to the interpreter, compilers and libraries under a memory limit, beyond what they hold when a run begins.
+RESERVE = 48 << 20
+
+
+@contextlib.contextmanager
+def open_devices(
+    names: Sequence[str],
+    source: Checkpoint,
+    pieces: Sequence[Piece],
+    *,
+    threads: int | None = None,
+    read: str = "auto",
+    memory_limit: int | None = None,
+    validate: bool = False,
+) -> Iterator[list[Device]]:
+    """The devices of these names (see `pick_device`), each with its ring and a reader of its own, until the body ends.
+
+    threads: slots of a host device; by default all cores
+    read: how the source is read, see readers.py; "auto" maps it for a host device and reads into the pinned slots else
+    memory_limit: bytes of anonymous host memory and device memory together, the process as it is now included
+
+    Raises InputError where the limit is too small, saying what is needed, and DeviceError.
+    """
+    smallest = Sizes(*(max(column, default=0) for column in zip(*map(sizes, pieces), strict=True)))
+    hosts = {name: get_backend(name, threads) for name in names if not name.startswith("cuda")}
+    room = None if memory_limit is None else max(0, memory_limit - anonymous_bytes() - RESERVE) // len(names)
+    with contextlib.ExitStack() as stack:
+        devices: list[Device] = []
+        for name in names:
+            is_host = name in hosts
+            reader = open_reader(("mapped" if is_host else "buffered") if read == "auto" else read, source)
+            stack.callback(reader.close)
+            if is_host:
+                most = min(getattr(hosts[name], "threads", 1), max(1, len(pieces)))
+                each = smallest.results + (0 if reader.slack is None else smallest.source + reader.slack)
+                each += _scratch(pieces, validate)
+                n = most if room is None else min(most, room // max(1, each))
+                if n < 1:
+                    raise InputError(_too_small(memory_limit or 0, each))
+                backend = get_backend(name, -(-getattr(hosts[name], "threads", 1) // n))
+                device: Device = HostDevice(backend, reader, smallest, n)
+            else:
+                from .cuda import open_cuda
+
+                device = open_cuda(name, reader, smallest, SLOT_BYTES, SLOTS, room)
+            stack.callback(device.close)
+            devices.append(device)
+        yield devices
+
+
+def _scratch(pieces: Sequence[Piece], validate: bool) -> int:
+    """Bytes that a slot takes for a while beside its buffers: decoded weights, and those of dtypes that are converted."""
+    quantized = [p for p in pieces if p.entry.scheme is not None]
+    weights = 4 * max((p.rows * p.columns for p in quantized), default=0)
+    is_converted = any(p.entry.info.dtype not in KERNEL_DTYPES for p in quantized)
+    return weights * (int(validate) + int(is_converted))
+
+
+def _too_small(limit: int, each: int) -> str:
+    needed = anonymous_bytes() + RESERVE + each
+    return (
+        f"memory limit {limit / 1e6:.0f} MB: this model needs at least {needed / 1e6:.0f} MB, most of it for its "
+        f"largest piece and for Python itself. Raise --memory-limit."
+    )
+
+
+def anonymous_bytes() -> int:
+    """Resident anonymous memory of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
