@@ -17,8 +17,8 @@ import typer
 
 from . import __version__
 from .cli_progress import compile_time, progress_bar
-from .cli_size import parse_size
 from .cli_report import Report
+from .cli_size import parse_size
 from .errors import ArrowQuantError, SchemeError
 from .schemes import Scheme
 

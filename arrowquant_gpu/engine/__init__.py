@@ -22,7 +22,6 @@ from ..formats import Codes
 from ..formats.pieces import Piece
 from ..reference import Findings
 
-
 # Called with (bytes of the source done, bytes in all, name of a tensor), from the thread that asked for the work.
 Progress = Callable[[int, int, str], None]
 

@@ -70,7 +70,7 @@ def open_devices(
 
 
 def _scratch(pieces: Sequence[Piece], validate: bool) -> int:
-    """Bytes that a slot takes for a while beside its buffers: decoded weights, and those of dtypes that are converted."""
+    """Bytes that a slot takes for a while beside its buffers: decoded weights, and weights that are converted."""
     quantized = [p for p in pieces if p.entry.scheme is not None]
     weights = 4 * max((p.rows * p.columns for p in quantized), default=0)
     is_converted = any(p.entry.info.dtype not in KERNEL_DTYPES for p in quantized)

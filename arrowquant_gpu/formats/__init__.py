@@ -43,7 +43,7 @@ class Entry:
 
 
 class Codes(NamedTuple):
-    """What a piece [rows, columns] was quantized to, as QuantizedTensor holds it; of granularity tensor, scales (1, 1)."""
+    """What a piece [rows, columns] was quantized to, as QuantizedTensor holds it; granularity tensor: scales (1, 1)."""
 
     packed: NDArray[np.uint8]
     scales: NDArray[Any]

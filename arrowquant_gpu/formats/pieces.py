@@ -28,9 +28,9 @@ class Cut(NamedTuple):
 class Piece(NamedTuple):
     """Weights [rows, columns] of one tensor, from row `row` and column `column` on.
 
-    Of a tensor that is copied as it is, a piece is bytes: `row` 0, `rows` 1, `column` the first byte, `columns` how many;
-    whole rows of it where they fit. `number` counts
-    the tensor's pieces from 0; `offset` is the absolute position of its `n_bytes` in the source file.
+    Of a tensor that is copied as it is, a piece is bytes, of whole rows where these fit: `row` 0, `rows` 1, `column`
+    the first byte, `columns` how many. `number` counts the tensor's pieces from 0; `offset` is the absolute position of
+    its `n_bytes` in the source file.
     """
 
     entry: Entry
