@@ -2,18 +2,17 @@
 
 Everything is written into a temporary directory beside the target, `.NAME.arrowquant-XXXXXXXXXXXX.tmp`, which is
 locked while its writer lives. `commit` syncs it and renames; `abort` removes it; a killed run leaves it behind, and the
-next run for the same target finds it unlocked and removes it. Nothing that was there before is touched until then.
+next run for the same target finds it unlocked, and continues or removes it (see leftovers.py). Nothing that was there
+before is touched until then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
+import logging
 import os
-import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TargetError
+from .leftovers import Temporary, aside, discard, recover
+
+log = logging.getLogger(__name__)
 
 # The manifest beside an output, and the key of its schema metadata that lists every file of that output.
 MANIFEST = "arrowquant_manifest.parquet"
@@ -34,7 +36,8 @@ class Output:
 
     `sources` are the files and directories that are read: none of them may be, hold or lie in the target. With
     `overwrite` an existing file is replaced, and so is a directory whose every file an earlier run wrote (its manifest
-    says which); never another directory that is not empty. Making an Output does nothing on disk.
+    says which); never another directory that is not empty. With `resume`, what an interrupted run for this target left
+    is continued; `resumed` says whether there was anything. Making an Output does nothing on disk.
 
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
@@ -51,15 +54,23 @@ class Output:
     """
 
     def __init__(
-        self, target: str | Path, *, is_directory: bool, sources: Sequence[Path] = (), overwrite: bool = False
+        self,
+        target: str | Path,
+        *,
+        is_directory: bool,
+        sources: Sequence[Path] = (),
+        overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         self.target = Path(os.path.realpath(target))
         self.is_directory = is_directory
         self.overwrite = overwrite
+        self.resume = resume
+        self.resumed = False
         self._sources = tuple(Path(os.path.realpath(s)) for s in sources)
-        self._temp: Path | None = None
-        self._lock = -1
+        self._temp: Temporary | None = None
         self._files: dict[str, int] = {}
+        self._are_names_synced = False
 
     @property
     def manifest(self) -> str:
@@ -99,32 +110,47 @@ class Output:
             self._check_replaceable()
 
     def begin(self) -> None:
-        """Check, remove what killed runs left, and make the temporary directory."""
+        """Check, and make the temporary directory, or with `resume` take the newest that has a finished tensor.
+
+        What else killed runs left is removed, with a warning where work is lost by that.
+        """
         with target_errors(self.target):
-            self._recover()
-            self.check()
-            while True:
-                self._temp = self._beside("tmp")
-                self._temp.mkdir()
-                self._lock = _lock(self._temp)
-                if self._lock >= 0:
-                    return
+            leftovers = recover(self.target)
+            try:
+                self.check()
+                if self.resume:
+                    self._take_over(leftovers)
+                for one in leftovers:
+                    self._give_up(one)
+            finally:
+                for one in leftovers:
+                    one.release()
+            self._temp = self._temp or Temporary.make(self.target)
+
+    @property
+    def journal(self) -> Path:
+        """Where the journal of this run belongs while it is being written; never part of the output."""
+        return self._begun.journal
 
     def path(self, name: str) -> Path:
         """Where the file `name` of this output is while it is being written; its folder exists."""
-        if self._temp is None:
-            raise RuntimeError("path() before begin()")
-        path = self._temp / name
+        path = self._begun.path / name
         with target_errors(self.target):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def create(self, name: str, n_bytes: int) -> None:
-        """Make a file of `n_bytes` zero bytes whose disk space is reserved: a full disk is an error here."""
+        """Make a file of `n_bytes` zero bytes whose disk space is reserved: a full disk is an error here.
+
+        In an output that is resumed a file of that size keeps its content; one of another size is made anew.
+        """
         path = self.path(name)
         with target_errors(self.target, n_bytes):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            kind = 0 if self.resumed else os.O_EXCL
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | kind, 0o666)
             self._files[name] = fd
+            if os.fstat(fd).st_size != n_bytes:
+                os.ftruncate(fd, 0)
             if n_bytes:
                 os.posix_fallocate(fd, 0, n_bytes)
 
@@ -136,18 +162,38 @@ class Output:
                 n = os.pwrite(self._files[name], rest, offset)
                 rest, offset = rest[n:], offset + n
 
+    def read(self, name: str, offset: int, n_bytes: int) -> NDArray[np.uint8]:
+        """A copy [n_bytes] of what a created file has at `offset`. Safe from several threads."""
+        data = np.empty(n_bytes, np.uint8)
+        rest = data.data
+        with target_errors(self.target):
+            while rest:
+                n = os.preadv(self._files[name], [rest], offset)
+                if n == 0:
+                    raise TargetError(f"{self.path(name)} has become shorter; run again without --resume")
+                rest, offset = rest[n:], offset + n
+        return data
+
+    def sync(self, name: str) -> None:
+        """Return when all that was written to a created file, and the file itself, survives a power cut."""
+        with target_errors(self.target):
+            if not self._are_names_synced:
+                self._are_names_synced = True
+                temp = self._begun.path
+                for folder in (*(p for p in temp.rglob("*") if p.is_dir()), temp, temp.parent):
+                    _sync(folder)
+            os.fdatasync(self._files[name])
+
     def names(self) -> list[str]:
         """Names of the files written so far, relative to the output, sorted."""
         if self._temp is None:
             return []
-        return sorted(str(p.relative_to(self._temp)) for p in self._temp.rglob("*") if not p.is_dir())
+        root = self._temp.path
+        return sorted(str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir() and p != self._temp.journal)
 
     def commit(self) -> tuple[Path, ...]:
         """Sync, rename to the final name, and return the files of the output (for a file target, that file first)."""
-        temp = self._temp
-        if temp is None:
-            raise RuntimeError("commit() before begin()")
-        names = self.names()
+        names, temp = self.names(), self._begun.path
         with target_errors(self.target):
             self._close()
             for path in (*temp.rglob("*"), temp):
@@ -155,6 +201,7 @@ class Output:
             # Looked at again: something may have taken the name while this run was working.
             self.check()
             if self.is_directory:
+                self._drop_journal()
                 self._place_directory(temp)
                 base = self.target
             else:
@@ -165,29 +212,63 @@ class Output:
             _sync(self.target.parent)
         return tuple(base / name for name in names)
 
-    def abort(self) -> None:
-        """Remove what was written. Does nothing before `begin`, after `commit`, or a second time."""
+    def abort(self, *, keep: bool = False) -> None:
+        """Remove what was written; with `keep` leave it for a run with `resume`, if a tensor of it is finished.
+
+        Does nothing before `begin`, after `commit`, or a second time.
+        """
         self._close()
-        if self._temp is not None:
-            shutil.rmtree(self._temp, ignore_errors=True)
-        self._release()
+        try:
+            with target_errors(self.target):
+                if self._temp is not None and not (keep and self._temp.n_finished()):
+                    self._temp.remove()
+        finally:
+            self._release()
 
     @property
     def _kind(self) -> str:
         return "directory" if self.is_directory else "file"
 
-    def _beside(self, suffix: str) -> Path:
-        return self.target.parent / f".{self.target.name}.arrowquant-{secrets.token_hex(6)}.{suffix}"
+    @property
+    def _begun(self) -> Temporary:
+        if self._temp is None:
+            raise RuntimeError("not begun, or over")
+        return self._temp
 
     def _close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
 
     def _release(self) -> None:
-        self._temp = None
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._temp is not None:
+            self._temp.release()
+            self._temp = None
+
+    def _take_over(self, leftovers: list[Temporary]) -> None:
+        """Move the newest that can be continued from the list to this output."""
+        for one in leftovers:
+            if one.n_finished():
+                leftovers.remove(one)
+                self._temp, self.resumed = one, True
+                # Of a run that was killed at its end. It is written anew, and would be taken for one of the files.
+                (one.path / self.manifest).unlink(missing_ok=True)
+                return
+
+    def _give_up(self, leftover: Temporary) -> None:
+        n = leftover.n_finished()
+        if n and not self.resume:
+            log.warning(
+                "%s: %d finished tensors of an interrupted run are given up; resume (--resume) would have continued it",
+                self.target,
+                n,
+            )
+        leftover.remove()
+
+    def _drop_journal(self) -> None:
+        """The last step before the output gets its name: from here on a killed run starts anew."""
+        temp = self._begun
+        temp.journal.unlink(missing_ok=True)
+        _sync(temp.path)
 
     def _check_replaceable(self) -> None:
         """Only what an earlier run wrote, and nothing that was added since, may be replaced as a whole."""
@@ -206,58 +287,34 @@ class Output:
                 f"{', '.join(added[:3])}{more}. Move them away first."
             )
 
-    def _recover(self) -> None:
-        """Remove the temporary directories of dead runs; put back what a dead run had set aside."""
-        parent = self.target.parent
-        if not parent.is_dir():
-            return
-        ours = re.compile(re.escape(f".{self.target.name}.arrowquant-") + r"[0-9a-f]{12}\.(tmp|previous)")
-        for path in sorted(parent.iterdir()):
-            match = ours.fullmatch(path.name)
-            if match is None or path.is_symlink():
-                continue
-            if match[1] == "previous":
-                if self.target.exists():
-                    raise TargetError(
-                        f"{path} is what {self.target} was before a run that was killed while replacing it. "
-                        f"Delete it, or move it away, and run again."
-                    )
-                path.rename(self.target)
-                continue
-            lock = _lock(path)
-            if lock < 0:
-                raise TargetError(f"{self.target} is being written by another run (in {path}); wait for its end")
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
-
     def _place_directory(self, temp: Path) -> None:
         if not (self.target.exists() and any(self.target.iterdir())):
             temp.rename(self.target)
             return
         # Two renames: a run killed between them leaves the old output whole, and the next run puts it back.
-        aside = self._beside("previous")
-        self.target.rename(aside)
+        previous = aside(self.target, temp)
         try:
+            self.target.rename(previous)
             temp.rename(self.target)
         except BaseException:
-            aside.rename(self.target)
+            if not self.target.exists():
+                previous.rename(self.target)
             raise
-        trash = self._beside("tmp")
-        aside.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        discard(previous)
 
     def _place_files(self, temp: Path, names: list[str]) -> None:
         """The target last: where it exists, all that belongs to it does."""
         parent = self.target.parent
         for name in names[1:]:
             (temp / name).replace(parent / name)
+        self._drop_journal()
         if self.overwrite:
             (temp / names[0]).replace(self.target)
         else:
             try:
                 # rename() would replace a file that appeared meanwhile; link() refuses.
                 os.link(temp / names[0], self.target)
-            except BaseException:
+            except OSError:
                 for name in names[1:]:
                     (parent / name).unlink()
                 raise
@@ -297,22 +354,6 @@ def _listed_files(manifest: Path) -> set[str] | None:
         return set(json.loads(metadata[FILES_KEY]))
     except (OSError, KeyError, ValueError, pa.ArrowException):
         return None
-
-
-def _lock(directory: Path) -> int:
-    """A descriptor that holds a directory's lock while it is open; -1 where another run holds it or removed it."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return -1
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if directory.exists() and os.path.samestat(os.fstat(fd), directory.stat()):
-            return fd
-    except BlockingIOError:
-        pass
-    os.close(fd)
-    return -1
 
 
 def _sync(path: Path) -> None:
