@@ -72,7 +72,7 @@ class SafetensorsCheckpoint:
             self.tensors |= header.tensors
             self.metadata = header.metadata | self.metadata
         self._headers = headers
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps: dict[Path, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     def view(self, name: str) -> NDArray[Any]:
@@ -86,10 +86,48 @@ class SafetensorsCheckpoint:
         info = self.tensors.get(name)
         if info is None:
             raise SourceError(f"{self.path}: no tensor {name!r}")
-        data, dtype = self._map(info.file), DTYPES[info.dtype].numpy
+        data, dtype = self.mapped(info.file), DTYPES[info.dtype].numpy
         if dtype is None:
             return np.ndarray((info.n_bytes,), np.uint8, data, info.offset)
         return np.ndarray(info.shape, dtype, data, info.offset)
+
+    def descriptor(self, file: Path, flags: int = 0) -> int:
+        """A new descriptor, opened O_RDONLY | `flags`, of one of the files; the caller closes it.
+
+        Raises SourceError where the file cannot be opened, with the OSError as its cause, or was changed since its
+        header was read.
+        """
+        header = self._headers[file]
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | flags)
+        except OSError as e:
+            raise SourceError(f"{file}: cannot be opened: {e.strerror}") from e
+        status = os.fstat(fd)
+        if (status.st_size, status.st_mtime_ns) != (header.file_size, header.mtime_ns):
+            os.close(fd)
+            raise SourceError(f"{file}: changed since its header was read; run again")
+        return fd
+
+    def mapped(self, file: Path) -> NDArray[np.uint8]:
+        """All bytes of one of the files, as a read-only view of its memory map, which all views share.
+
+        The view keeps the mapping alive. That the file is the one whose header was read is checked when it is mapped,
+        the first time; a file that is cut shorter later ends the process with SIGBUS.
+
+        Raises SourceError where the file cannot be mapped, or was changed since its header was read.
+        """
+        with self._lock:
+            if file not in self._maps:
+                fd = self.descriptor(file)
+                try:
+                    mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+                except OSError as e:
+                    raise SourceError(f"{file}: cannot be mapped: {e.strerror}") from e
+                finally:
+                    os.close(fd)
+                mapped.madvise(mmap.MADV_SEQUENTIAL)
+                self._maps[file] = np.frombuffer(mapped, np.uint8)
+            return self._maps[file]
 
     def fingerprint(self) -> str:
         """BLAKE2b-128 of all headers, which fix the sizes of the files too, and of samples of the weights, as hex.
@@ -100,27 +138,11 @@ class SafetensorsCheckpoint:
         h = hashlib.blake2b(digest_size=16)
         for file, header in self._headers.items():
             h.update(header.digest)
-            data = self._map(file)
+            data = self.mapped(file)
             for i in range(SAMPLES):
                 start = header.data_offset + (header.file_size - header.data_offset) * i // SAMPLES
                 h.update(data[start : start + 4096])
         return h.hexdigest()
-
-    def _map(self, file: Path) -> mmap.mmap:
-        with self._lock:
-            if file not in self._maps:
-                try:
-                    with file.open("rb") as f:
-                        status, header = os.fstat(f.fileno()), self._headers[file]
-                        # A shorter file would end the process with SIGBUS, another one would give other weights.
-                        if (status.st_size, status.st_mtime_ns) != (header.file_size, header.mtime_ns):
-                            raise SourceError(f"{file}: changed since its header was read; run again")
-                        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-                except OSError as e:
-                    raise SourceError(f"{file}: cannot be mapped: {e.strerror}") from e
-                mapped.madvise(mmap.MADV_SEQUENTIAL)
-                self._maps[file] = mapped
-            return self._maps[file]
 
 
 def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint:
