@@ -212,18 +212,22 @@ class Output:
             _sync(self.target.parent)
         return tuple(base / name for name in names)
 
-    def abort(self, *, keep: bool = False) -> None:
+    def abort(self, *, keep: bool = False) -> int:
         """Remove what was written; with `keep` leave it for a run with `resume`, if a tensor of it is finished.
 
-        Does nothing before `begin`, after `commit`, or a second time.
+        Returns how many are. Does nothing before `begin`, after `commit`, or a second time.
         """
         self._close()
+        kept = 0
         try:
             with target_errors(self.target):
-                if self._temp is not None and not (keep and self._temp.n_finished()):
-                    self._temp.remove()
+                if self._temp is not None:
+                    kept = self._temp.n_finished() if keep else 0
+                    if not kept:
+                        self._temp.remove()
         finally:
             self._release()
+        return kept
 
     @property
     def _kind(self) -> str:

@@ -192,7 +192,7 @@ def fingerprint(plan: Plan, origin: Mapping[str, str], validate: bool) -> dict[s
     return {
         **origin,
         "format": plan.format,
-        "tensors": xxhash.xxh3_128_hexdigest(json.dumps(decisions)),
+        "tensors (include, ignore)": xxhash.xxh3_64_hexdigest(json.dumps(decisions).encode()),
         "validate": str(validate),
     }
 
