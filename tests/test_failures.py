@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from arrowquant_gpu.formats.output import MANIFEST, Output
 from arrowquant_gpu.pipeline import Manifest, quantize_checkpoint
 
 from .fixtures import tiny_llama, write_safetensors
+from .snapshots import nothing_changes, snapshot
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,24 +30,6 @@ def source(tmp_path: Path) -> Path:
 
 def quantize(source: Path, target: Path, **options: object) -> Manifest:
     return quantize_checkpoint(source, target, "int4_g64", device="reference", **options)  # type: ignore[call-overload]
-
-
-def snapshot(folder: Path) -> dict[str, bytes | str]:
-    """Every path below `folder`, hidden ones too: its bytes, or what it links to."""
-    return {
-        str(p.relative_to(folder)): f"-> {p.readlink()}" if p.is_symlink() else p.read_bytes() if p.is_file() else b""
-        for p in sorted(folder.rglob("*"))
-    }
-
-
-@contextmanager
-def nothing_changes(folder: Path) -> Iterator[None]:
-    before = snapshot(folder)
-    yield
-    after = snapshot(folder)
-    changed = sorted({n for n in before | after if before.get(n) != after.get(n)})
-    if changed:
-        raise AssertionError(f"changed, added or removed: {changed}")
 
 
 def test_the_check_itself_notices_a_leftover(tmp_path: Path) -> None:
@@ -315,55 +296,11 @@ def test_two_runs_for_one_target(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "out")
 
 
-def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    directory = Output(tmp_path / "out", is_directory=True)
-    file = Output(tmp_path / "out.bin", is_directory=False)
-    for output in (directory, file):
-        output.begin()
-        output.create("out.bin", 3)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("mine")
-    (tmp_path / "out.bin").write_text("mine")
-    for output in (directory, file):
-        with pytest.raises(TargetError, match="exists"):
-            output.commit()
-        output.abort()
-    assert snapshot(tmp_path) == {"out": b"", "out/mine": b"mine", "out.bin": b"mine"}
-
-
-def test_the_last_moment_of_a_file_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = Output(tmp_path / "out.bin", is_directory=False)
-    output.begin()
-    output.create("out.bin", 3)
-    output.create(output.manifest, 1)
-    real = os.link
-
-    def too_late(source: Path, target: Path) -> None:
-        target.write_text("mine")
-        real(source, target)
-
-    monkeypatch.setattr(os, "link", too_late)
-    with pytest.raises(TargetError, match="appeared"):
-        output.commit()
-    output.abort()
-    assert snapshot(tmp_path) == {"out.bin": b"mine"}
-
-
 def test_a_foreign_file_under_the_name_of_the_manifest_is_not_replaced(tmp_path: Path) -> None:
     weights = write_safetensors(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 64), np.float32)})
     (tmp_path / "m.parquet.manifest.parquet").write_text("mine")
     with nothing_changes(tmp_path), pytest.raises(TargetError, match="is not a manifest"):
         quantize(weights, tmp_path / "m.parquet", overwrite=True)
-
-
-def test_abort_is_harmless_at_any_time(tmp_path: Path) -> None:
-    output = Output(tmp_path / "out", is_directory=True)
-    output.abort()
-    output.begin()
-    output.create("a", 1)
-    output.abort()
-    output.abort()
-    assert list(tmp_path.iterdir()) == []
 
 
 def killed_by(source: Path, target: Path, number: int) -> str:
