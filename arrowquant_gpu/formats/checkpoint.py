@@ -141,7 +141,7 @@ class SafetensorsCheckpoint:
             data = self.mapped(file)
             for i in range(SAMPLES):
                 start = header.data_offset + (header.file_size - header.data_offset) * i // SAMPLES
-                h.update(data[start : start + 4096])
+                h.update(data[start : start + 4096].data)
         return h.hexdigest()
 
 
