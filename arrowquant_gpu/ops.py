@@ -6,15 +6,13 @@ blocks of a tensor that is never whole in memory; the checkpoint pipeline is bui
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import nvtx
 from numpy.typing import NDArray
 
-from . import reference
+from . import reference, trace
 from .backends import Backend, get_backend
 from .dtypes import DTYPES, KERNEL_DTYPES, from_numpy
 from .errors import InputError, NonFiniteError, ScaleOverflowError
@@ -25,8 +23,6 @@ from .tensor import QuantizedTensor
 
 # Rows are converted or gathered in blocks of about this many bytes where a backend cannot read them in place.
 BLOCK_BYTES = 16 << 20
-
-_annotate = functools.partial(nvtx.annotate, domain="arrowquant", category="kernel")
 
 
 def quantize(
@@ -64,20 +60,19 @@ def quantize(
     packed = allocate(scheme.packed_shape(weights.shape), np.uint8)
     scales = allocate(scheme.scales_shape(weights.shape), DTYPES[scheme.scale_dtype].numpy)
     zeros = None if scheme.symmetric else allocate(scales.shape, np.uint8)
-    with _annotate(name, payload=packed.nbytes):
+    if scheme.granularity == "tensor":
+        solved = tensor_scale(weights.blocks, scheme, backend=backend, name=name, shape=weights.shape)
+        _store(solved, scales, zeros, backend)
+    findings, row = Findings(), 0
+    for block in weights.blocks:
+        rows = slice(row, row + block.shape[0])
         if scheme.granularity == "tensor":
-            solved = tensor_scale(weights.blocks, scheme, backend=backend, name=name, shape=weights.shape)
-            _store(solved, scales, zeros, backend)
-        findings, row = Findings(), 0
-        for block in weights.blocks:
-            rows = slice(row, row + block.shape[0])
-            if scheme.granularity == "tensor":
-                encode_rows(block, scheme, scales, zeros, packed[rows], backend=backend)
-            else:
-                zero_rows = None if zeros is None else zeros[rows]
-                found = quantize_rows(block, scheme, packed[rows], scales[rows], zero_rows, backend=backend)
-                findings = merge(findings, found, row * block.shape[1], row * scales.shape[1])
-            row += block.shape[0]
+            encode_rows(block, scheme, scales, zeros, packed[rows], backend=backend, name=name)
+        else:
+            zero_rows = None if zeros is None else zeros[rows]
+            found = quantize_rows(block, scheme, packed[rows], scales[rows], zero_rows, backend=backend, name=name)
+            findings = merge(findings, found, row * block.shape[1], row * scales.shape[1])
+        row += block.shape[0]
     check(findings, scheme, name=name, shape=weights.shape)
     return QuantizedTensor(packed, scales, zeros, weights.shape, scheme, weights.dtype)
 
@@ -104,29 +99,41 @@ def dequantize(
     on_device = not isinstance(q.packed, np.ndarray)
     backend = get_backend(f"cuda:{q.packed.device.id}" if on_device and device == "auto" else device, threads)
     out = (backend.empty if on_device else np.empty)(rows_and_length(q.shape), DTYPES[dtype].numpy)
-    with _annotate("dequantize", payload=out.nbytes):
-        dequantize_rows(q.packed, q.scales, q.zeros, q.scheme, out, backend=backend)
+    dequantize_rows(q.packed, q.scales, q.zeros, q.scheme, out, backend=backend, name="dequantize")
     return out.reshape(q.shape)
 
 
-def quantize_rows(x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None, *, backend: Backend) -> Findings:
+def quantize_rows(
+    x: Any,
+    scheme: Scheme,
+    packed: Any,
+    scales: Any,
+    zeros: Any | None,
+    *,
+    backend: Backend,
+    name: str | None = None,
+) -> Findings:
     """Quantize a block of rows [rows, length] into the given arrays, for granularity group or channel.
 
     `x` has any weight dtype and any strides. All arrays are on the host, or all on the backend's device. What is not
     finite is counted, not raised: `merge` the findings of a tensor's blocks and `check` them at its end.
+
+    `name` is what the ranges in a profile are called (trace.py); None, here and in the functions below, makes none.
     """
     findings = Findings()
-    for start, part in _readable(x, backend):
+    for start, part in _readable(x, backend, name):
         rows = slice(start, start + part.shape[0])
         outs = [packed[rows], scales[rows], None if zeros is None else zeros[rows]]
         if _is_host(packed) and not _computes_on_host(backend):
             staged = [None if out is None else backend.empty(out.shape, out.dtype) for out in outs]
-            found = backend.quantize(part, scheme, *staged)
+            with trace.span("kernel", name, part.nbytes):
+                found = backend.quantize(part, scheme, *staged)
             for device_array, out in zip(staged, outs, strict=True):
                 if out is not None:
-                    backend.get(device_array, out)
+                    _get(device_array, out, backend, name)
         else:
-            found = backend.quantize(part, scheme, *outs)
+            with trace.span("kernel", name, part.nbytes):
+                found = backend.quantize(part, scheme, *outs)
         findings = merge(findings, found, start * x.shape[1], start * scales.shape[1])
     return findings
 
@@ -140,7 +147,7 @@ def tensor_scale(
     """
     low, high, findings, seen = 0.0, 0.0, Findings(), 0
     for block in blocks:
-        block_low, block_high, found = range_of_rows(block, backend=backend)
+        block_low, block_high, found = range_of_rows(block, backend=backend, name=name)
         low, high = min(low, block_low), max(high, block_high)
         findings = merge(findings, found, seen, 0)
         seen += block.shape[0] * block.shape[1]
@@ -148,11 +155,12 @@ def tensor_scale(
     return solve_tensor(low, high, scheme, name=name, shape=shape)
 
 
-def range_of_rows(x: Any, *, backend: Backend) -> tuple[float, float, Findings]:
+def range_of_rows(x: Any, *, backend: Backend, name: str | None = None) -> tuple[float, float, Findings]:
     """(min(0, lowest), max(0, highest), findings) of a block of rows [rows, length] of any weight dtype and strides."""
     low, high, findings = 0.0, 0.0, Findings()
-    for start, part in _readable(x, backend):
-        part_low, part_high, found = backend.value_range(part)
+    for start, part in _readable(x, backend, name):
+        with trace.span("kernel", name, part.nbytes):
+            part_low, part_high, found = backend.value_range(part)
         low, high = min(low, part_low), max(high, part_high)
         findings = merge(findings, found, start * x.shape[1], 0)
     return low, high, findings
@@ -172,29 +180,51 @@ def solve_tensor(
     return scales, zeros
 
 
-def encode_rows(x: Any, scheme: Scheme, scales: Any, zeros: Any | None, packed: Any, *, backend: Backend) -> None:
+def encode_rows(
+    x: Any,
+    scheme: Scheme,
+    scales: Any,
+    zeros: Any | None,
+    packed: Any,
+    *,
+    backend: Backend,
+    name: str | None = None,
+) -> None:
     """Write the codes of a block of rows with scales that are known: the second pass of granularity tensor."""
-    scales, zeros = _resident(scales, backend), None if zeros is None else _resident(zeros, backend)
-    for start, part in _readable(x, backend):
+    scales, zeros = _resident(scales, backend, name), None if zeros is None else _resident(zeros, backend, name)
+    for start, part in _readable(x, backend, name):
         out = packed[start : start + part.shape[0]]
         if _is_host(out) and not _computes_on_host(backend):
             staged = backend.empty(out.shape, out.dtype)
-            backend.encode(part, scheme, scales, zeros, staged)
-            backend.get(staged, out)
+            with trace.span("kernel", name, part.nbytes):
+                backend.encode(part, scheme, scales, zeros, staged)
+            _get(staged, out, backend, name)
         else:
-            backend.encode(part, scheme, scales, zeros, out)
+            with trace.span("kernel", name, part.nbytes):
+                backend.encode(part, scheme, scales, zeros, out)
 
 
-def dequantize_rows(packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any, *, backend: Backend) -> None:
+def dequantize_rows(
+    packed: Any,
+    scales: Any,
+    zeros: Any | None,
+    scheme: Scheme,
+    out: Any,
+    *,
+    backend: Backend,
+    name: str | None = None,
+) -> None:
     """Decode a block of rows into `out` [rows, length], one of KERNEL_DTYPES, row-major."""
-    packed, scales = _resident(packed, backend), _resident(scales, backend)
-    zeros = None if zeros is None else _resident(zeros, backend)
+    packed, scales = _resident(packed, backend, name), _resident(scales, backend, name)
+    zeros = None if zeros is None else _resident(zeros, backend, name)
     if _is_host(out) and not _computes_on_host(backend):
         staged = backend.empty(out.shape, out.dtype)
-        backend.dequantize(packed, scales, zeros, scheme, staged)
-        backend.get(staged, out)
+        with trace.span("kernel", name, out.nbytes):
+            backend.dequantize(packed, scales, zeros, scheme, staged)
+        _get(staged, out, backend, name)
     else:
-        backend.dequantize(packed, scales, zeros, scheme, out)
+        with trace.span("kernel", name, out.nbytes):
+            backend.dequantize(packed, scales, zeros, scheme, out)
 
 
 def merge(a: Findings, b: Findings, weights_before: int, scales_before: int) -> Findings:
@@ -243,14 +273,24 @@ def _computes_on_host(backend: Backend) -> bool:
     return backend.name != "cuda"
 
 
-def _resident(a: Any, backend: Backend) -> Any:
+def _put(a: NDArray[Any], backend: Backend, name: str | None) -> Any:
+    """A host array where the backend computes."""
+    with trace.span("h2d", None if _computes_on_host(backend) else name, a.nbytes):
+        return backend.put(a)
+
+
+def _get(a: Any, out: NDArray[Any], backend: Backend, name: str | None) -> None:
+    """Bring what a device computed to the host."""
+    with trace.span("d2h", name, out.nbytes):
+        backend.get(a, out)
+
+
+def _resident(a: Any, backend: Backend, name: str | None) -> Any:
     """`a`, row-major, where the backend computes."""
-    if not _is_host(a):
-        return a
-    return backend.put(np.require(a, requirements=["C", "A"]))
+    return _put(np.require(a, requirements=["C", "A"]), backend, name) if _is_host(a) else a
 
 
-def _readable(x: Any, backend: Backend) -> Iterator[tuple[int, Any]]:
+def _readable(x: Any, backend: Backend, name: str | None) -> Iterator[tuple[int, Any]]:
     """(first row, rows) of `x` as the backend can read them: `x` itself where it can be read in place."""
     if x.shape[0] == 0 or x.shape[1] == 0:
         return
@@ -265,9 +305,11 @@ def _readable(x: Any, backend: Backend) -> Iterator[tuple[int, Any]]:
     step = max(1, BLOCK_BYTES // (x.shape[1] * dtype.itemsize))
     for start in range(0, x.shape[0], step):
         part = x[start : start + step]
-        if part.dtype != dtype:
-            part = reference.to_float32(part)
-        yield start, backend.put(np.require(part, dtype, ["C", "A"]))
+        with trace.span("read", name, part.nbytes):
+            if part.dtype != dtype:
+                part = reference.to_float32(part)
+            part = np.require(part, dtype, ["C", "A"])
+        yield start, _put(part, backend, name)
 
 
 def _device_float(x: Any) -> Any:
