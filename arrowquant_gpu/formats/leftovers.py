@@ -6,7 +6,6 @@ journal has a finished tensor.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
@@ -56,9 +55,6 @@ class Temporary:
 
     def remove(self) -> None:
         """Delete it; what cannot be deleted now is left to the next run. Still locked."""
-        # First of all what it is continued by: half a directory must not be.
-        with contextlib.suppress(OSError):
-            self.journal.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def release(self) -> None:
