@@ -315,7 +315,7 @@ def _widen(scales: NDArray[Any], scheme: Scheme, scale_dtype: str) -> NDArray[An
         return scales
     if scale_dtype != "float32":
         raise SchemeError(f"{scheme.id}: its {scheme.scale_dtype} scales cannot be stored as {scale_dtype}")
-    return scales.astype(np.float32)
+    return scales.astype(np.float32, copy=False)
 
 
 def _narrow(cell: _Row, scales: NDArray[Any], scheme: Scheme) -> NDArray[Any]:

@@ -29,8 +29,10 @@ class TestArrowIpc(RowFileTests):
         return reader.schema, [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
     @staticmethod
-    def write_batches(path: Path, schema: pa.Schema, batches: list[pa.RecordBatch]) -> None:
-        with pa.ipc.new_file(path, schema) as writer:
+    def write_batches(
+        path: Path, schema: pa.Schema, batches: list[pa.RecordBatch], compression: str | None = None
+    ) -> None:
+        with pa.ipc.new_file(path, schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
             for batch in batches:
                 writer.write_batch(batch)
 

@@ -32,8 +32,11 @@ class TestParquet(RowFileTests):
         return file.schema_arrow, batches
 
     @staticmethod
-    def write_batches(path: Path, schema: pa.Schema, batches: list[pa.RecordBatch]) -> None:
-        with pq.ParquetWriter(path, schema) as writer:
+    def write_batches(
+        path: Path, schema: pa.Schema, batches: list[pa.RecordBatch], compression: str | None = None
+    ) -> None:
+        options = {"use_dictionary": False, "write_statistics": ["layer_name"], "data_page_size": 2**31 - 1}
+        with pq.ParquetWriter(path, schema, compression=compression or "none", **options) as writer:
             for batch in batches:
                 writer.write_table(pa.Table.from_batches([batch]))
 

@@ -5,39 +5,73 @@ Format: https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format, writ
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from ..errors import SourceError
 from .row_checkpoint import RowCheckpoint
+from .row_layout import Row, Skeleton
 from .row_sink import RowSink
+
+
+class _ArrowSkeleton(Skeleton):
+    """Values are known by their address: pyarrow hands every buffer of a batch to the file as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: list[list[int]] = []
+        self._expected: list[tuple[int, int]] = []
+
+    def _expect(self, row: Row) -> None:
+        # The last buffer of a binary cell holds its bytes, and of a list cell its items.
+        self._expected = [(row.batch[c].buffers()[-1].address if n else 0, n) for c, n in row.sizes.items()]
+        self.positions.append([])
+        self._skip_empty()
+
+    def _values(self, data: Any) -> int:
+        if not self._expected or not isinstance(data, pa.Buffer) or (data.address, data.size) != self._expected[0]:
+            return 0
+        del self._expected[0]
+        self.positions[-1].append(self.size)
+        self._skip_empty()
+        return int(data.size)
+
+    def _missing(self) -> bool:
+        return bool(self._expected)
+
+    def _skip_empty(self) -> None:
+        """Nothing is written of a value without bytes."""
+        while self._expected and self._expected[0][1] == 0:
+            del self._expected[0]
+            self.positions[-1].append(self.size)
 
 
 class ArrowSink(RowSink):
     """Writes one Arrow IPC file. Without compression a reader can map it and use the codes where they are."""
 
     format = "arrow"
-    _file: pa.NativeFile | None = None
-    _writer: pa.ipc.RecordBatchFileWriter | None = None
+    _zero_point = np.dtype(np.uint8)
 
-    def _create(self, path: Path, schema: pa.Schema) -> None:
-        self._file = pa.OSFile(str(path), "wb")
-        options = pa.ipc.IpcWriteOptions(compression=self.compression)
-        self._writer = pa.ipc.new_file(self._file, schema, options=options)
+    def _lay_out(self, schema: pa.Schema, rows: Iterable[Row]) -> tuple[Skeleton, Iterator[list[int]]]:
+        skeleton = _ArrowSkeleton()
+        _write(pa.PythonFile(skeleton, "w"), schema, skeleton.batches(rows), None)
+        return skeleton, iter(skeleton.positions)
 
-    def _write(self, batch: pa.RecordBatch) -> None:
-        assert self._writer is not None
-        self._writer.write_batch(batch)
+    def _rewrite(self, path: Path, target: Path, schema: pa.Schema) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        with pa.OSFile(str(target), "wb") as file:
+            _write(file, schema, batches, self.compression)
 
-    def _close(self) -> None:
-        writer, file, self._writer, self._file = self._writer, self._file, None, None
-        try:
-            if writer is not None:
-                writer.close()
-        finally:
-            if file is not None:
-                file.close()
+
+def _write(file: pa.NativeFile, schema: pa.Schema, batches: Iterable[pa.RecordBatch], compression: str | None) -> None:
+    with pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 class ArrowCheckpoint(RowCheckpoint):

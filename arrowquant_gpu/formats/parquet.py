@@ -5,14 +5,64 @@ Format: https://parquet.apache.org/docs/file-format/, written and read by pyarro
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import SourceError
+from ..errors import FormatError, SourceError
+from ..schemes import Scheme
+from . import TensorInfo
 from .row_checkpoint import RowCheckpoint
+from .row_layout import Row, Skeleton, unknown_layout
 from .row_sink import RowSink
+
+# Lengths in Parquet have 31 bits.
+_MOST_BYTES = (1 << 31) - 1
+# Values of up to this many bytes are kept with what is around them.
+_SHORT = 4096
+# What comes before the values in their page is shorter: levels in runs, and the length of a binary value.
+_HEAD = 64
+
+
+class _ParquetSkeleton(Skeleton):
+    """A page comes as one write, and ends with its values. The footer says where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: list[dict[str, int]] = []
+        self._expected: list[int] = []
+        self._passed: set[tuple[int, int]] = set()
+
+    def _expect(self, row: Row) -> None:
+        self._sizes.append(row.sizes)
+        self._expected = [n for n in row.sizes.values() if n > _SHORT]
+
+    def _values(self, data: Any) -> int:
+        head = len(data) - self._expected[0] if self._expected else -1
+        # Zeros at both ends: a name of just this length is something else.
+        if not 0 <= head < _HEAD or any(data[head : head + _HEAD]) or any(data[-_HEAD:]):
+            return 0
+        self._passed.add((self.size + head, self._expected[0]))
+        return self._expected.pop(0)
+
+    def _missing(self) -> bool:
+        return bool(self._expected)
+
+    def positions(self, footer: pq.FileMetaData) -> Iterator[list[int]]:
+        """Where the values of each row are: at the end of the only page of their column."""
+        leaves = {footer.schema.column(i).path.split(".")[0]: i for i in range(footer.num_columns)}
+        for i, sizes in enumerate(self._sizes):
+            group, found = footer.row_group(i), []
+            for column, n in sizes.items():
+                chunk = group.column(leaves[column])
+                found.append(chunk.data_page_offset + chunk.total_compressed_size - n)
+                if n > _SHORT and (found[-1], n) not in self._passed:
+                    raise unknown_layout()
+            yield found
 
 
 class ParquetSink(RowSink):
@@ -22,32 +72,50 @@ class ParquetSink(RowSink):
     """
 
     format = "parquet"
-    _file: pa.NativeFile | None = None
-    _writer: pq.ParquetWriter | None = None
+    # Parquet has no integers of one byte.
+    _zero_point = np.dtype("<i4")
 
-    def _create(self, path: Path, schema: pa.Schema) -> None:
-        self._file = pa.OSFile(str(path), "wb")
-        self._writer = pq.ParquetWriter(
-            self._file,
-            schema,
-            compression=self.compression or "none",
-            use_dictionary=False,
-            write_statistics=["layer_name"],
-        )
+    def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
+        """The scheme itself. See `Sink`."""
+        row_bytes, n_scales = scheme.packed_shape(info.shape)[1], scheme.scales_shape(info.shape)[1]
+        if max(row_bytes, 4 * n_scales) > _MOST_BYTES - _HEAD:
+            raise FormatError(
+                f"parquet: one row of {info.shape[-1]:,} weights is more than the 2 GiB that a value can have there; "
+                f"--format arrow carries it"
+            )
+        return scheme
 
-    def _write(self, batch: pa.RecordBatch) -> None:
-        assert self._writer is not None
-        # write_batch would hold a row group in memory until the next one begins.
-        self._writer.write_table(pa.Table.from_batches([batch]))
+    def _lay_out(self, schema: pa.Schema, rows: Iterable[Row]) -> tuple[Skeleton, Iterator[list[int]]]:
+        skeleton = _ParquetSkeleton()
+        footer = _write(pa.PythonFile(skeleton, "w"), schema, skeleton.batches(rows), "none")
+        return skeleton, skeleton.positions(footer)
 
-    def _close(self) -> None:
-        writer, file, self._writer, self._file = self._writer, self._file, None, None
-        try:
-            if writer is not None:
-                writer.close()
-        finally:
-            if file is not None:
-                file.close()
+    def _rewrite(self, path: Path, target: Path, schema: pa.Schema) -> None:
+        with pq.ParquetFile(path, memory_map=True) as source, pa.OSFile(str(target), "wb") as file:
+            groups = map(source.read_row_group, range(source.num_row_groups))
+            batches = (group.combine_chunks().to_batches()[0] for group in groups)
+            _write(file, schema, batches, self.compression or "none")
+
+
+def _write(
+    file: pa.NativeFile, schema: pa.Schema, batches: Iterable[pa.RecordBatch], compression: str
+) -> pq.FileMetaData:
+    """Write each batch as a row group of its own, and return the footer."""
+    footers: list[pq.FileMetaData] = []
+    with pq.ParquetWriter(
+        file,
+        schema,
+        compression=compression,
+        use_dictionary=False,
+        write_statistics=["layer_name"],
+        # The values of a row are contiguous only in a single page.
+        data_page_size=_MOST_BYTES,
+        metadata_collector=footers,
+    ) as writer:
+        for batch in batches:
+            # write_batch would hold a row group in memory until the next one begins.
+            writer.write_table(pa.Table.from_batches([batch]))
+    return footers[0]
 
 
 class ParquetCheckpoint(RowCheckpoint):

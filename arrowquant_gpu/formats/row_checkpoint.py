@@ -22,6 +22,7 @@ from ..errors import ArrowQuantError, SourceError
 from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo
+from .pieces import copied_row_bytes
 from .v2_extended import (
     COLUMNS,
     CONFIG_KEY,
@@ -29,7 +30,6 @@ from .v2_extended import (
     METADATA_KEY,
     PROVENANCE_KEY,
     VERSION_KEY,
-    copied_row_bytes,
     copied_shape,
     data_of,
     row_hash,
@@ -49,7 +49,7 @@ class RowCheckpoint(abc.ABC):
     are not known are ignored.
 
     Raises SourceError, naming file and tensor, for a file that is missing, truncated, not of this kind, or that
-    contradicts itself. `blocks` raises it for a row whose content has not the hash in its column sha256.
+    contradicts itself. `blocks` raises it for a row whose content has not the hash in its column xxh3_128.
     """
 
     format: str
@@ -95,8 +95,8 @@ class RowCheckpoint(abc.ABC):
             with self._errors(name):
                 with self._lock:
                     batch = self._row(i)
-                if row_hash(batch) != batch["sha256"][0].as_py():
-                    raise self._error(name, f"row {i} is damaged: its content has not the hash in its column sha256")
+                if row_hash(batch) != batch["xxh3_128"][0].as_py():
+                    raise self._error(name, f"row {i} is damaged: its content has not the hash in its column xxh3_128")
                 block = _quantized(batch) if entry.scheme else _copied(batch, entry.info)
                 first = done if entry.scheme else done // max(1, copied_row_bytes(entry.info))
                 if batch["row_offset"][0].as_py() != first:
