@@ -259,7 +259,7 @@ class _Span:
             # Names of files need not be Unicode.
             message = self._name if self._name.isascii() else self._name.encode(errors="replace")
             color, number = _COLORS[self._category], _IDS[self._category]
-            _domain.push_range(_domain.get_event_attributes(message, color, number, self._n_bytes))
+            _domain.push_range(_domain.get_event_attributes(message, color, number, int(self._n_bytes)))
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:

@@ -159,6 +159,7 @@ def test_every_category_has_its_name_and_ranges_of_a_thread_nest(profile: Profil
     found = profile(
         """
 import threading
+import numpy as np
 from arrowquant_gpu import trace
 
 def work(k):
@@ -171,7 +172,7 @@ threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
 for t in threads: t.start()
 for t in threads: t.join()
 with trace.span("read", None, 1): pass
-with trace.span("read", "weights-\\udcff-ü.safetensors", 1): pass
+with trace.span("read", "weights-\\udcff-ü.safetensors", np.int64(1)): pass
 """
     )
     of_threads, last = found[:-1], found[-1]
