@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import json
 import os
@@ -268,6 +269,43 @@ def test_a_file_changed_after_its_header_was_read_is_not_mapped(change: str, tmp
         path.unlink()
     with pytest.raises(SourceError, match="No such file" if change == "gone" else "changed since its header was read"):
         source.view("w")
+
+
+def test_descriptors_and_maps_of_files(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "a.safetensors", W)
+    source, raw = open_checkpoint(path), path.read_bytes()
+    data = source.mapped(path)
+    assert_bitwise_equal(data, np.frombuffer(raw, np.uint8))
+    assert not data.flags.writeable
+    assert np.shares_memory(data, source.view("w"))
+    fd, direct = source.descriptor(path), source.descriptor(path, os.O_NOATIME)
+    try:
+        assert fd != direct
+        assert os.pread(fd, 100, 8) == raw[8:108]
+        assert [bool(fcntl.fcntl(f, fcntl.F_GETFL) & os.O_NOATIME) for f in (fd, direct)] == [False, True]
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        assert not os.get_inheritable(fd)
+    finally:
+        os.close(fd)
+        os.close(direct)
+
+
+@pytest.mark.parametrize("how", ["descriptor", "mapped"])
+@pytest.mark.parametrize("change", ["shorter", "rewritten", "gone"])
+def test_a_changed_file_is_not_opened(how: str, change: str, tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "a.safetensors", W)
+    source = open_checkpoint(path)
+    if change == "shorter":
+        os.truncate(path, 100)
+        os.utime(path, ns=(path.stat().st_atime_ns, source._headers[path].mtime_ns))
+    elif change == "rewritten":
+        os.utime(path, ns=(1, 1))
+    else:
+        path.unlink()
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    with pytest.raises(SourceError, match="No such file" if change == "gone" else "changed since its header was read"):
+        getattr(source, how)(path)
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before
 
 
 def test_fingerprint_is_of_headers_and_samples(tmp_path: Path) -> None:

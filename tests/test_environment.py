@@ -118,6 +118,13 @@ def test_base_package_requires_no_cupy() -> None:
     assert not [r for r in PROJECT["dependencies"] if r.startswith(("cupy", "cuda", "nvidia"))]
 
 
+def test_kvikio_is_in_its_own_extras_only() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert (extras["gds12"], extras["gds13"]) == (["kvikio-cu12>=26.8"], ["kvikio-cu13>=26.8"])
+    rest = [*PROJECT["dependencies"], *(r for e in extras if not e.startswith("gds") for r in extras[e])]
+    assert not [r for r in [*rest, *conda_packages(ENVIRONMENT)] if "kvikio" in r or "gds" in r]
+
+
 def test_pip_installs_this_package_and_nothing_else(tmp_path: Path) -> None:
     """conda hands the pip section to pip as a requirements file. Here pip may reach no index: that it plans the install
     of one package shows that it reads every line and finds every dependency present."""
