@@ -1,8 +1,9 @@
-"""The engine: blocks and slots change nothing, memory stays bounded, the manifest says what happened."""
+"""The engine: pieces and slots change nothing, memory stays bounded, the manifest says what happened."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import itertools
 import json
 import math
 import subprocess
@@ -16,19 +17,29 @@ import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import xxhash
+from arrowquant_gpu.engine.readers import open_reader
 
 from arrowquant_gpu import reference
+from arrowquant_gpu.backends import get_backend
+from arrowquant_gpu.engine import Sizes
+from arrowquant_gpu.engine import run as engine
+from arrowquant_gpu.engine.figures import Figures
+from arrowquant_gpu.engine.host import HostDevice
+from arrowquant_gpu.engine.journal import Finished, Journal
+from arrowquant_gpu.engine.loads import sizes
 from arrowquant_gpu.errors import FormatError, InputError, ScaleOverflowError
-from arrowquant_gpu.formats import Entry
+from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import FILES_KEY, MANIFEST, Output
+from arrowquant_gpu.formats.pieces import Cut
 from arrowquant_gpu.formats.safetensors import layout
-from arrowquant_gpu.pipeline import Manifest, Plan, engine, make_plan, quantize_checkpoint
-from arrowquant_gpu.pipeline.figures import Figures
+from arrowquant_gpu.pipeline import Plan, make_plan, quantize_checkpoint
 from arrowquant_gpu.schemes import Scheme, rows_and_length
 
 from .bitwise import assert_bitwise_equal
 from .fixtures import Raw, sparse_llama, tiny_llama, write_safetensors
+from .plain_sink import ANYWHERE, PlainSink, read_back
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(20261121)
@@ -46,112 +57,117 @@ TENSORS: dict[str, np.ndarray | Raw] = {
 }
 
 
-class Memory:
-    """A sink that keeps everything, and notes what was called."""
-
-    format = "memory"
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.rows: dict[str, list[tuple[int, Any, Any, Any]]] = {}
-        self.bytes: dict[str, bytearray] = {}
-        self.threads: set[int] = set()
-
-    def scheme_for(self, info: Any, scheme: Scheme) -> Scheme:
-        return scheme
-
-    def n_bytes(self, entry: Entry) -> int:
-        return entry.info.n_bytes if entry.scheme is None else entry.scheme.n_bytes(entry.info.shape)
-
-    def open(self, entries: Any, source: Any, provenance: dict[str, str]) -> None:
-        self.calls.append("open")
-        self.output.begin()
-
-    def write_rows(self, entry: Entry, row: int, packed: Any, scales: Any, zeros: Any) -> None:
-        self.threads.add(threading.get_ident())
-        copy = None if zeros is None else zeros.copy()
-        self.rows.setdefault(entry.info.name, []).append((row, packed.copy(), scales.copy(), copy))
-
-    def write_bytes(self, entry: Entry, offset: int, data: Any) -> None:
-        kept = self.bytes.setdefault(entry.info.name, bytearray())
-        assert offset == len(kept)
-        kept += data.tobytes()
-
-    def commit(self) -> tuple[Path, ...]:
-        self.calls.append("commit")
-        return self.output.commit()
-
-    def abort(self) -> None:
-        self.calls.append("abort")
-        self.output.abort()
-
-    output: Output
-
-
-def run(tmp_path: Path, tensors: dict[str, Any], scheme: str, **options: Any) -> tuple[Memory, Manifest]:
-    from arrowquant_gpu.backends import get_backend
-
+def run(
+    tmp_path: Path,
+    tensors: dict[str, Any],
+    scheme: str,
+    *,
+    n_slots: int = 3,
+    cut: Cut = ANYWHERE,
+    sink_type: type[PlainSink] = PlainSink,
+    **options: Any,
+) -> tuple[Plan, list[Finished]]:
+    """Quantize these tensors with the reference backend into `tmp_path / "out"`, a PlainSink's directory."""
     file = write_safetensors(tmp_path / "m.safetensors", tensors)
-    source, sink = open_checkpoint(file), Memory()
-    sink.output = Output(tmp_path / "out", is_directory=True, overwrite=True)
+    source = open_checkpoint(file)
+    output = Output(tmp_path / "out", is_directory=True)
+    sink = sink_type(output, cut)
     plan = make_plan(source, sink, scheme)
-    backend = get_backend("reference")
-    return sink, engine.run(plan, source, sink, sink.output, backend, {"tool": "test"}, **options)
+    smallest = Sizes(*(max(c) for c in zip(*(sizes(p) for e in plan.entries for p in sink.pieces(e)), strict=True)))
+    reader = open_reader("mapped", source)
+    device = HostDevice(get_backend("reference"), reader, smallest, n_slots)
+    try:
+        output.begin()
+        with contextlib.closing(Journal(output, {})) as journal:
+            sink.open(plan.entries, source, {})
+            finished = engine.run(plan.entries, sink, output, [device], journal, **options)
+        sink.commit()
+    except BaseException:
+        output.abort()
+        raise
+    finally:
+        device.close()
+        reader.close()
+    return plan, finished
 
 
-@pytest.mark.parametrize("block_bytes", [1, 3000, 1 << 24])
+def hash_of(arrays: list[np.ndarray], cuts: list[tuple[int, ...]]) -> str:
+    """The hash of a tensor, from its arrays and the rows (or bytes) at which its pieces begin, and its end."""
+    pieces = [
+        b"".join(np.ascontiguousarray(a[start:stop]).tobytes() for a in arrays)
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    return xxhash.xxh3_128_hexdigest(b"".join(xxhash.xxh3_128_digest(p) for p in pieces))
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 3000, 1 << 24])
 @pytest.mark.parametrize("scheme", ["int4_g128_asym", "int3_g32_f16", "int8_channel", "int5_tensor_asym"])
-def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, block_bytes: int) -> None:
-    monkeypatch.setattr(engine, "BLOCK_BYTES", block_bytes)
-    sink, manifest = run(tmp_path, TENSORS, scheme)
+def test_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, piece_bytes: int) -> None:
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", piece_bytes)
+    plan, finished = run(tmp_path, TENSORS, scheme)
     parsed = Scheme.parse(scheme)
-    for row in manifest.table.to_pylist():
-        name = row["name"]
-        if row["action"] == "kept":
+    sink = PlainSink(Output(tmp_path / "other", is_directory=True))
+    for number, (entry, done) in enumerate(zip(plan.entries, finished, strict=True)):
+        name = entry.info.name
+        assert done.name == name
+        got = read_back(tmp_path / "out", number, entry)
+        if entry.scheme is None:
             whole = TENSORS[name]
-            want = whole.data if isinstance(whole, Raw) else whole.tobytes()
-            assert bytes(sink.bytes.get(name, b"")) == want
-            assert row["hash"] == hashlib.blake2b(want, digest_size=16).hexdigest()
+            want = [np.frombuffer(whole.data if isinstance(whole, Raw) else whole.tobytes(), np.uint8)]
+        else:
+            x = np.asarray(TENSORS[name])
+            want = [a for a in reference.quantize(x.reshape(rows_and_length(x.shape)), parsed)[:3] if a is not None]
+        for a, b in zip(got, want, strict=True):
+            assert_bitwise_equal(a, b, name)
+        cuts = sink.pieces(entry)
+        if entry.scheme is None:
+            starts = [p.column for p in cuts] + [entry.info.n_bytes]
+        elif any(p.column for p in cuts) or parsed.granularity == "tensor":
             continue
-        x = np.asarray(TENSORS[name])
-        packed, scales, zeros, _ = reference.quantize(x.reshape(rows_and_length(x.shape)), parsed)
-        blocks = sink.rows[name]
-        assert [b[0] for b in blocks] == list(np.cumsum([0, *(len(b[1]) for b in blocks[:-1])]))
-        assert_bitwise_equal(np.concatenate([b[1] for b in blocks]), packed, name)
-        assert_bitwise_equal(np.concatenate([b[2] for b in blocks]), scales, name)
-        if zeros is not None:
-            assert_bitwise_equal(np.concatenate([b[3] for b in blocks]), zeros, name)
-        parts = [packed.tobytes(), scales.tobytes(), b"" if zeros is None else zeros.tobytes()]
-        digests = b"".join(hashlib.blake2b(p, digest_size=16).digest() for p in parts)
-        assert row["hash"] == hashlib.blake2b(digests, digest_size=16).hexdigest()
-    assert {r["name"] for r in manifest.table.to_pylist() if r["action"] == "quantized"} == {
+        else:
+            starts = [p.row for p in cuts] + [len(want[0])]
+        assert done.hash == hash_of(want, starts)
+    assert {e.info.name for e in plan.entries if e.scheme} == {
         *(n for n in TENSORS if n[:2] in ("a.", "b.", "c.", "d.")),
         "experts.down_proj",
     }
-    assert sink.calls == ["open", "commit"]
-    assert threading.get_ident() not in sink.threads
+
+
+def test_long_rows_are_cut_where_groups_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 1000)
+    plan, _ = run(tmp_path, TENSORS, "int3_g40_asym")
+    cut = [p for e in plan.entries if e.info.name == "b.weight" for p in formats_pieces.pieces(e, ANYWHERE)]
+    assert [(p.row, p.column, p.columns) for p in cut] == [
+        (r, c, min(480, 640 - c)) for r in range(3) for c in (0, 480)
+    ]
+    for number, entry in enumerate(plan.entries):
+        if entry.scheme is not None:
+            x = np.asarray(TENSORS[entry.info.name])
+            want = reference.quantize(x.reshape(rows_and_length(x.shape)), entry.scheme)
+            for a, b in zip(read_back(tmp_path / "out", number, entry), want[:3], strict=True):
+                assert_bitwise_equal(a, b, entry.info.name)
 
 
 def test_figures_are_those_of_the_whole_tensor_however_it_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = []
-    for block_bytes in (1, 3000, 1 << 24):
-        monkeypatch.setattr(engine, "BLOCK_BYTES", block_bytes)
-        _, manifest = run(tmp_path, TENSORS, "int4_g32", validate=True)
-        tables.append(manifest.table.select(["name", "cosine", "sqnr_db", "max_error"]).to_pylist())
-        assert manifest.summary["worst_cosine"] == min(r["cosine"] for r in tables[-1] if r["cosine"] is not None)
+    for piece_bytes in (1, 3000, 1 << 24):
+        monkeypatch.setattr(formats_pieces, "PIECE_BYTES", piece_bytes)
+        folder = tmp_path / str(piece_bytes)
+        folder.mkdir()
+        _, finished = run(folder, TENSORS, "int4_g32", cut=Cut(), validate=True)
+        tables.append({f.name: f.figures for f in finished})
     assert tables[0] == tables[1] == tables[2]
-    by_name = {r["name"]: r for r in tables[0]}
     x = np.asarray(TENSORS["c.weight"])
     packed, scales, zeros, _ = reference.quantize(x, Scheme.parse("int4_g32"))
     y = reference.dequantize(packed, scales, zeros, Scheme.parse("int4_g32"), 96).astype(np.float64)
     x = x.astype(np.float64)
-    got = by_name["c.weight"]
-    assert got["cosine"] == pytest.approx(float((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)), rel=1e-12)
-    assert got["sqnr_db"] == pytest.approx(10 * math.log10((x * x).sum() / ((x - y) ** 2).sum()), rel=1e-12)
-    assert got["max_error"] == np.abs(x - y).max()
-    assert by_name["norm.weight"] == {"name": "norm.weight", "cosine": None, "sqnr_db": None, "max_error": None}
+    cosine, sqnr_db, max_error = tables[0]["c.weight"]
+    assert cosine == pytest.approx(float((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)), rel=1e-12)
+    assert sqnr_db == pytest.approx(10 * math.log10((x * x).sum() / ((x - y) ** 2).sum()), rel=1e-12)
+    assert max_error == np.abs(x - y).max()
+    assert tables[0]["norm.weight"] is None
 
 
 def test_figures_of_zeros_and_of_no_error() -> None:
@@ -178,12 +194,18 @@ def test_manifest_beside_the_output(tmp_path: Path) -> None:
     assert sorted(result.files) == sorted((tmp_path / "out").iterdir())
 
 
-def test_every_byte_but_the_manifest_is_the_same_in_every_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "parquet", "arrow"])
+def test_every_byte_is_the_same_in_every_run(tmp_path: Path, format_name: str) -> None:
     source = tiny_llama(tmp_path / "source", hidden=128, shards=3)
-    for out in ("one", "two"):
-        quantize_checkpoint(source, tmp_path / out, "int4_g64_asym", device="reference")
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("one", "two"))
-    assert {n for n in one if one[n] != two[n]} <= {MANIFEST}
+    outputs = []
+    for folder, device, threads in (("one", "reference", 1), ("two", "cpu", 1), ("three", "cpu", 5)):
+        (tmp_path / folder).mkdir()
+        quantize_checkpoint(
+            source, tmp_path / folder / "out", "int4_g64_asym", format=format_name, device=device, threads=threads
+        )
+        found = sorted(p for p in (tmp_path / folder).rglob("*") if p.is_file())
+        outputs.append({str(p.relative_to(tmp_path / folder)): p.read_bytes() for p in found})
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
 def test_a_dry_run_writes_and_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,42 +227,48 @@ def test_the_plan_is_what_happens(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 5000)
     seen: list[tuple[int, int, str]] = []
-    run(tmp_path, TENSORS, "int4_g32", progress=lambda *args: seen.append(args))
+    run(tmp_path, TENSORS, "int4_tensor", progress=lambda *args: seen.append(args))
     done, totals, _ = zip(*seen, strict=True)
-    assert list(done) == sorted(done)
+    assert list(done) == sorted(set(done))
     assert set(totals) == {done[-1]}
     assert done[-1] == sum(len(t.data) if isinstance(t, Raw) else t.nbytes for t in TENSORS.values())
 
 
-def test_an_error_of_the_writer_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "BLOCK_BYTES", 1)
+class Broken(PlainSink):
+    """Gives an error for the first piece of quantized rows."""
 
-    def broken(self: Memory, *args: object) -> None:
-        raise InputError("the sink broke")
+    def stored(self, piece: Any, codes: Any) -> Any:
+        if piece.entry.scheme is not None:
+            raise InputError("the sink broke")
+        return super().stored(piece, codes)
 
-    monkeypatch.setattr(Memory, "write_rows", broken)
+
+def test_an_error_of_a_slot_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 1)
     seen: list[str] = []
     with pytest.raises(InputError, match="the sink broke"):
-        run(tmp_path, TENSORS, "int4_g32", progress=lambda done, total, name: seen.append(name))
+        run(tmp_path, TENSORS, "int4_g32", sink_type=Broken, progress=lambda done, total, name: seen.append(name))
     assert len(seen) < 20, "it ends soon after, not at the end of the model"
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-    assert not [t for t in threading.enumerate() if t.name == "arrowquant-writer"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("arrowquant-")]
 
 
-def test_an_error_of_the_last_write_ends_the_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Memory, *args: object) -> None:
-        raise InputError("the sink broke")
+class TooLong(PlainSink):
+    """Gives an array that does not fit its place."""
 
-    monkeypatch.setattr(Memory, "write_rows", broken)
-    with pytest.raises(InputError, match="the sink broke"):
-        run(tmp_path, {"a.weight": np.ones((2, 64), np.float32)}, "int4_g32")
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    def stored(self, piece: Any, codes: Any) -> Any:
+        return [np.concatenate([a.reshape(-1).view(np.uint8), [0]]) for a in super().stored(piece, codes)]
+
+
+def test_what_does_not_fit_its_place_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"a\.weight: .* bytes for a place of"):
+        run(tmp_path, {"a.weight": np.ones((2, 64), np.float32)}, "int4_g32", sink_type=TooLong)
 
 
 def test_scales_that_overflow_are_counted_over_all_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 1)
     x = np.ones((9, 64), np.float32)
     x[4, 40] = x[7, 0] = 1e7
     with pytest.raises(ScaleOverflowError) as caught:
@@ -268,30 +296,17 @@ def test_default_formats(tmp_path: Path) -> None:
 PEAK = """
     import sys
     from pathlib import Path
-    from arrowquant_gpu.formats.checkpoint import open_checkpoint
-    from arrowquant_gpu.formats.output import Output
-    from arrowquant_gpu.pipeline import engine, make_plan
-    from arrowquant_gpu.pipeline.quantize import open_sink
-    from arrowquant_gpu.reference import Findings
-
-    class Nothing:
-        name = "nothing"
-        def quantize(self, x, scheme, packed, scales, zeros):
-            packed[...], scales[...] = 0, 0
-            return Findings()
+    from arrowquant_gpu import quantize_checkpoint
 
     def anonymous():
         fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
         return int(fields["RssAnon"].split()[0]) * 1024
 
-    start, peak = anonymous(), [0]
-    source = open_checkpoint(sys.argv[1])
-    output = Output(sys.argv[2], is_directory=sys.argv[3] == "compressed-tensors")
-    sink = open_sink(sys.argv[3], output, source)
+    peak = [0]
     def progress(done, total, name):
         peak[0] = max(peak[0], anonymous())
-    engine.run(make_plan(source, sink, "int4_g128"), source, sink, output, Nothing(), {}, progress=progress)
-    print(peak[0] - start)
+    quantize_checkpoint(sys.argv[1], sys.argv[2], format=sys.argv[3], device="cpu", threads=2, progress=progress)
+    print(peak[0])
 """
 
 
@@ -314,7 +329,7 @@ def test_memory_is_blocks_not_tensors(tmp_path: Path, format_name: str) -> None:
         format_name,
     ]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 160 << 20
+    assert int(done.stdout) < 240 << 20
 
 
 def test_figures_of_a_decoded_weight_beyond_the_largest_float() -> None:

@@ -61,7 +61,7 @@ def pieces(entry: Entry, cut: Cut) -> list[Piece]:
         return [Piece(entry, i, 0, 1, at, n, info.offset + at, n) for i, (at, n) in enumerate(spans)]
     rows, length = rows_and_length(info.shape)
     width = DTYPES[info.dtype].bits // 8
-    if cut.within_rows and scheme.granularity != "channel" and length * width > PIECE_BYTES:
+    if rows and cut.within_rows and scheme.granularity != "channel" and length * width > PIECE_BYTES:
         # Codes of a multiple of 8 weights fill whole bytes at every width.
         unit = math.lcm(8, scheme.group_size or 8)
         step = max(unit, PIECE_BYTES // width // unit * unit)
