@@ -10,7 +10,7 @@ order. This file holds what the parts have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -61,10 +61,14 @@ class Result(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Bytes: of source read by one load, and of results (codes, scales, zero points, each rounded up) it gives."""
+    """Bytes: of source read by one load, and of results (codes, scales, zero points, each rounded up) it gives.
+
+    converted: of weights as float32, where kernels cannot read the source's type
+    """
 
     source: int
     results: int
+    converted: int = 0
 
 
 class Slot(Protocol):
@@ -72,7 +76,7 @@ class Slot(Protocol):
 
     sizes: Sizes
 
-    def run(self, load: Load, solved: Mapping[str, Solved]) -> Iterator[Result]:
+    def run(self, load: Load, solved: Mapping[str, Solved]) -> Generator[Result, None, None]:
         """Bring a load through the device; results come in the order of its pieces.
 
         `solved` has the tensors of granularity tensor by name. The load fits `sizes`. An iterator that is closed
@@ -88,9 +92,11 @@ class Device(Protocol):
 
     name: str
     reader: Reader
-    slots: tuple[Slot, ...]
     # What users should know of how the ring came about, for example that it was made smaller; sentences.
     notes: tuple[str, ...]
+
+    @property
+    def slots(self) -> Sequence[Slot]: ...
 
     def close(self) -> None:
         """Free the ring. No slot is running."""
@@ -101,10 +107,12 @@ class Reader(Protocol):
     """Gets bytes of the source onto the host; used by all slots at once.
 
     slack: bytes by which the buffer of a load must be larger than the load; None where `read` needs no buffer
+    notes: what users should know of how it reads, sentences
     """
 
     name: str
     slack: int | None
+    notes: tuple[str, ...]
 
     def read(self, load: Load, buffer: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """The bytes [load.n_bytes], in `buffer` (not always from its start) or in memory of the reader's own.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ class HostSlot:
         self._results = np.empty(sizes.results, np.uint8)
         self._source = None if reader.slack is None else np.empty(sizes.source + reader.slack, np.uint8)
 
-    def run(self, load: Load, solved: Mapping[str, Solved]) -> Iterator[Result]:
+    def run(self, load: Load, solved: Mapping[str, Solved]) -> Generator[Result, None, None]:
         """See `Slot`. Each piece is quantized when it is asked for, so that its results are still in the cache."""
         with trace.span("read", load.file.name, load.n_bytes):
             data = self._reader.read(load, self._source)
@@ -82,8 +83,8 @@ def codes_in(results: NDArray[np.uint8], piece: Piece, at: int = 0) -> tuple[Cod
     scheme = piece.entry.scheme
     assert scheme is not None
     shape = piece.rows, piece.columns
-    arrays = []
-    parts = [(scheme.packed_shape(shape), np.dtype(np.uint8))]
+    arrays: list[NDArray[Any]] = []
+    parts: list[tuple[tuple[int, int], np.dtype[Any]]] = [(scheme.packed_shape(shape), np.dtype(np.uint8))]
     parts.append((scheme.scales_shape(shape), np.dtype(DTYPES[scheme.scale_dtype].numpy)))
     if not scheme.symmetric:
         parts.append((scheme.scales_shape(shape), np.dtype(np.uint8)))

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from ..dtypes import DTYPES
+from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..formats.pieces import Piece
 from . import Load, Sizes
 
@@ -25,7 +25,8 @@ def sizes(piece: Piece) -> Sizes:
     parts = [math.prod(scheme.packed_shape(shape)), n_scales * DTYPES[scheme.scale_dtype].bits // 8, ALIGNMENT]
     if not scheme.symmetric:
         parts.append(n_scales)
-    return Sizes(piece.n_bytes, sum(-(-n // ALIGNMENT) * ALIGNMENT for n in parts))
+    converted = 0 if piece.entry.info.dtype in KERNEL_DTYPES else 4 * piece.rows * piece.columns
+    return Sizes(piece.n_bytes, sum(-(-n // ALIGNMENT) * ALIGNMENT for n in parts), converted)
 
 
 class Queue:

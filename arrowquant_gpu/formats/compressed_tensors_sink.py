@@ -130,8 +130,8 @@ class CompressedTensorsSink:
             self._write_json(INDEX, index)
         for entry in entries:
             if entry.scheme is not None:
-                file, begin = self._places[_module(entry) + ".weight_shape"]
-                out.write(file, begin, np.array(entry.info.shape, "<i8"))
+                place = self._place(_module(entry) + ".weight_shape", 0, 16)
+                out.write(place.file, place.offset, np.array(entry.info.shape, "<i8"))
 
     def places(self, piece: Piece) -> list[Place]:
         """See `Sink`."""

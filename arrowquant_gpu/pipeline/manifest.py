@@ -80,11 +80,11 @@ def manifest_table(
     plan: Plan, finished: Sequence[Finished], files: Sequence[str], provenance: Mapping[str, str]
 ) -> pa.Table:
     """The plan's table with what was measured; the schema metadata holds the files and `arrowquant.*` provenance."""
-    measured = [[None if f.figures is None else f.figures[i] for f in finished] for i in range(3)]
-    measured.append([f.hash for f in finished])
+    figures = [[None if f.figures is None else f.figures[i] for f in finished] for i in range(3)]
     metadata = {FILES_KEY: json.dumps(sorted(files))}
     metadata |= {f"arrowquant.{key}".encode(): value for key, value in provenance.items()}
-    return pa.table([*plan.table.columns, *measured], schema=COLUMNS.with_metadata(metadata))
+    columns = [*plan.table.columns, *figures, [f.hash for f in finished]]
+    return pa.table(columns, schema=COLUMNS.with_metadata(metadata))
 
 
 def write_manifest(table: pa.Table, path: Path) -> None:
