@@ -31,7 +31,7 @@ _COLORS = {"plan": 0x9E9E9E, "read": 0x4E79A7, "h2d": 0xF28E2B, "kernel": 0x59A1
 # and whose categories have no number.
 _domain = nvtx.get_domain("arrowquant")
 _IDS = {category: _domain.get_category_id(category) for category in CATEGORIES}
-_IS_PROFILED = None not in _IDS.values()
+_IS_PROFILED = nvtx.enabled() and None not in _IDS.values()
 
 _NOTHING = contextlib.nullcontext()
 _recording: Timeline | None = None

@@ -272,10 +272,21 @@ def test_a_fault_is_noticed(profile: Profile, fault: str, error: str | None) -> 
         assert flat(profile(f"{fault}\n{WEIGHTS}{call}")) == [("kernel", "layer", 64 * 256 * 4)]
 
 
+NOTHING = 'from arrowquant_gpu import trace as t; assert t.span("read", "a") is t.span("write", "b", 1)'
+
+
 def test_without_a_profiler_a_range_is_nothing() -> None:
-    program = 'from arrowquant_gpu import trace as t; assert t.span("read", "a") is t.span("write", "b", 1)'
     environment = {k: v for k, v in os.environ.items() if k != "NVTX_INJECTION64_PATH"}
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", NOTHING], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.compiler
+def test_ranges_can_be_turned_off(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTX_DISABLE", "1")
+    assert profile(NOTHING) == []
+    monkeypatch.delenv("NVTX_DISABLE")
+    with pytest.raises(subprocess.CalledProcessError):
+        profile(NOTHING)
 
 
 # A timeline.
