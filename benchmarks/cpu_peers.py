@@ -1,4 +1,4 @@
-"""The peers that bench_cpu.py measures: each one's own CPU quantizer behind one call.
+"""The peers that bench_cpu.py and bench_checkpoint.py measure: each one's own CPU quantizer behind one call.
 
 Every peer gets the weights in its own array type beforehand, and is called in its fastest documented way. `decode` of
 what it made is compared with the weights, so that a peer which did nothing is not measured.
@@ -22,6 +22,7 @@ MODULES = {
     "torchao": "torchao",
     "bitsandbytes": "bitsandbytes",
     "mlx": "mlx.core",
+    "hqq": "hqq.core.quantize",
 }
 
 
@@ -44,7 +45,7 @@ def versions() -> dict[str, str]:
             absent.append(f"{package} ({e})")
     if absent:
         raise SystemExit(
-            f"bench_cpu measures beside its peers and needs all of them; not importable: {'; '.join(absent)}"
+            f"the peers are measured too, and all of them are needed (extra bench); not importable: {'; '.join(absent)}"
         )
     return {package: metadata.version(package) for package in [*MODULES, "torch"]}
 
@@ -184,6 +185,21 @@ def bitsandbytes(weights: list[np.ndarray], threads: int) -> Peer:
 
     run = _with_threads(threads, lambda i: functional.quantize_4bit(tensors[i], blocksize=64, quant_type="nf4"))
     return Peer("bitsandbytes NF4", threads, run, decode)
+
+
+def hqq(weights: list[np.ndarray], threads: int, *, optimized: bool) -> Peer:
+    """HQQ's 4-bit g128: its search for the zero point, or only round-to-nearest. Not in `peers`: it takes long."""
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    tensors = _torch(weights)
+    options = {"nbits": 4, "group_size": 128, "axis": 1, "compute_dtype": torch.float32, "device": "cpu"}
+
+    def decode(result: Any) -> np.ndarray:
+        return Quantizer.dequantize(*result).float().numpy()
+
+    run = _with_threads(threads, lambda i: Quantizer.quantize(tensors[i], optimize=optimized, **options))
+    return Peer("HQQ" if optimized else "HQQ without its search", threads, run, decode)
 
 
 # --- mlx -------------------------------------------------------------------------------------------------------------
