@@ -52,6 +52,10 @@ class DeviceError(ArrowQuantError, RuntimeError):
     exit_code = 4
 
 
+class DeviceMemoryError(DeviceError):
+    """A device, or page-locked memory of the host, has too little room for what is asked for."""
+
+
 class SourceError(ArrowQuantError, ValueError):
     """A checkpoint that cannot be read: missing, truncated, malformed, or already quantized."""
 
