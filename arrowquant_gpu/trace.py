@@ -7,6 +7,7 @@ A range has a category, the name of a tensor or file, and bytes. Where nobody pr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import struct
@@ -156,6 +157,7 @@ class Timeline:
         self.start = self.stop = time.perf_counter()
         self._events = bytearray()
         self._names: dict[str, int] = {}
+        self._numbers = itertools.count()
         self._tracks: list[_Track] = []
         self._by_name: dict[str, _Track] = {}
         self._of_thread = threading.local()
@@ -164,11 +166,9 @@ class Timeline:
 
     def add(self, category: Category, name: str, start: float, end: float, n_bytes: int, track: _Track) -> None:
         """Add a range; one that ends after the timeline did is not in the file."""
-        number = self._names.get(name)
-        if number is None:
-            with self._lock:
-                number = self._names.setdefault(name, len(self._names))
-        # One call, which no other thread comes between.
+        # Each of these is one call, which no other thread comes between.
+        if (number := self._names.get(name)) is None:
+            number = self._names.setdefault(name, next(self._numbers))
         self._events.extend(_EVENT.pack(start, end, n_bytes, number, track.number, _KINDS[category]))
 
     def track(self, name: str | None = None) -> _Track:
@@ -235,8 +235,9 @@ class Timeline:
             yield json.dumps(named)
 
     def _lines(self) -> Iterator[str]:
+        pid, events = os.getpid(), self._recorded()
         # Threads that still run may add names, which no recorded range has.
-        pid, events, names = os.getpid(), self._recorded(), [json.dumps(name) for name in list(self._names)]
+        names = {number: json.dumps(name) for name, number in list(self._names.items())}
         for at in range(0, len(events), 1 << 14):
             for start, end, n_bytes, name, track, kind in events[at : at + (1 << 14)].tolist():
                 ts, duration = (start - self.start) * 1e6, (end - start) * 1e6

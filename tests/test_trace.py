@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -221,8 +221,8 @@ with trace.span("plan", "after"):
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_a_checkpoint_is_ranges(profile: Profile, tmp_path: Path, device: str) -> None:
     model = tiny_llama(tmp_path / "model")
-    command = ["quantize", str(model), str(tmp_path / "out"), "--scheme", "int4_g32", "--device", device, "--quiet"]
-    found = profile(f"from arrowquant_gpu.cli import main; import sys; sys.argv[1:] = {command}; main()")
+    arguments = f"{str(model)!r}, {str(tmp_path / 'out')!r}, 'int4_g32', device={device!r}, threads=2"
+    found = profile(f"from arrowquant_gpu import quantize_checkpoint; quantize_checkpoint({arguments})")
     assert_covers_checkpoint(flat(found), model)
 
 
@@ -292,7 +292,7 @@ def test_ranges_can_be_turned_off(profile: Profile, monkeypatch: pytest.MonkeyPa
 # A timeline.
 
 
-def events(path: Path) -> list[dict[str, object]]:
+def events(path: Path) -> list[dict[str, Any]]:
     """The complete events of a trace, with the name of their track."""
     found = json.loads(path.read_text())["traceEvents"]
     named = {e["tid"]: e["args"]["name"] for e in found if e["ph"] == "M" and e["name"] == "thread_name"}
@@ -317,16 +317,17 @@ def test_a_timeline_has_every_range_of_every_thread(tmp_path: Path) -> None:
             t.join()
         assert not path.exists()
     found = events(path)
-    assert {(e["name"], e["args"]["bytes"]) for e in found} == {  # type: ignore[index]
+    assert {(e["name"], e["args"]["bytes"]) for e in found} == {
         (f"{k}.{i}", 1000 * k + i) for k in range(8) for i in range(500)
     }
     assert len(found) == 4000
     assert {e["cat"] for e in found} == {"kernel"}
     # Each thread has a row of its own, also where two have one name.
-    rows = {(e["track"], str(e["name"]).partition(".")[0]) for e in found}
+    rows = {(e["track"], e["name"].partition(".")[0]) for e in found}
     assert len(rows) == len({track for track, _ in rows}) == 8
-    assert all(str(track).startswith(f"slot {int(k) // 2}") for track, k in rows)
-    assert all(e["dur"] >= 0 and 0 <= e["ts"] <= recorded.summary()["seconds"] * 1e6 for e in found)  # type: ignore[operator]
+    assert all(track.startswith(f"slot {int(k) // 2}") for track, k in rows)
+    end = recorded.summary()["seconds"] * 1e6
+    assert all(e["dur"] >= 0 and 0 <= e["ts"] <= end for e in found)
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
@@ -338,8 +339,8 @@ def test_ranges_of_a_thread_nest_in_a_timeline(tmp_path: Path) -> None:
             pass
     first, second, outer = events(tmp_path / "out.json")
     assert (first["name"], second["name"], outer["name"]) == ("first \udcff", "second", "outer")
-    ends = [round(e["ts"] + e["dur"], 3) for e in (first, second, outer)]  # type: ignore[operator]
-    assert outer["ts"] <= first["ts"] <= ends[0] <= second["ts"] <= ends[1] <= ends[2]  # type: ignore[operator]
+    ends = [round(e["ts"] + e["dur"], 3) for e in (first, second, outer)]
+    assert outer["ts"] <= first["ts"] <= ends[0] <= second["ts"] <= ends[1] <= ends[2]
 
 
 def test_what_ran_elsewhere_has_its_own_row(tmp_path: Path) -> None:
