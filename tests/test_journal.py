@@ -209,6 +209,23 @@ def test_close_at_any_moment_ends_the_thread(tmp_path: Path, pause: float) -> No
         output.abort()
 
 
+def test_close_just_before_a_round_begins_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = begun(tmp_path)
+    journal = Journal(output, RUN, interval=0)
+    real = journal._added.clear
+
+    def clear() -> None:
+        journal._stopped.set()
+        journal._added.set()
+        real()
+
+    monkeypatch.setattr(journal._added, "clear", clear)
+    journal.add(TENSORS[0], [])
+    until(lambda: not journal._thread.is_alive())
+    journal.close()
+    output.abort()
+
+
 def test_many_threads_may_add(tmp_path: Path) -> None:
     output = begun(tmp_path)
     journal = Journal(output, RUN, interval=0)
