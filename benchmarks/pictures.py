@@ -29,6 +29,7 @@ def draw(path: Path, picture: Callable[[Results], Any]) -> None:
     mpl.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "arrowquant"}
     results = json.loads(path.read_text())
     figure = picture(results)
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     figure.text(0.995, 0.005, _origin(results["origin"]), ha="right", va="bottom", fontsize=6.5, color="grey")
     figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
 
@@ -137,7 +138,7 @@ def layers(results: Results) -> Any:
     kernel = np.array([row["kernel_ms_per_layer"] for row in rows])
     whole = np.array([row["ms_per_layer"] for row in rows])
     left.barh(y, kernel, color=COLORS["kernel"], label="kernel")
-    left.barh(y, whole - kernel, left=kernel, color=GREY, label="everything else")
+    left.barh(y, np.maximum(whole - kernel, 0), left=kernel, color=GREY, label="everything else")
     for at, row in zip(y, rows, strict=True):
         label = f" {row['ms_per_layer']:.2f} ms, {row['outside_kernel']:.0%} outside the kernel"
         left.text(row["ms_per_layer"], at, label, va="center", fontsize=7.5)
@@ -162,6 +163,7 @@ PICTURES: dict[str, Callable[[Results], Any]] = {
     "checkpoint_gpu.json": checkpoint,
     "simulated_overlap.json": timeline,
     "arrowquant_v2.json": layers,
+    "arrowquant_v2_gpu.json": layers,
 }
 
 
