@@ -10,6 +10,9 @@ import contextlib
 import json
 import math
 import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +39,7 @@ from arrowquant_gpu.tensor import QuantizedTensor
 from .bitwise import assert_bitwise_equal
 from .cases import SCHEMES, cases, make
 
+ROOT = Path(__file__).parent.parent
 CONFIG = {"model_type": "test", "nested": {"text": "\u00e4 \u2713"}}
 PROVENANCE = {"tool": "arrowquant_gpu", "version": "0", "source": "m"}
 SOURCE = SimpleNamespace(path=Path("m"), metadata={"format": "pt"}, config=CONFIG)
@@ -443,26 +447,26 @@ class RowFileTests:
         assert_holds(path, model)
         self.assert_as_in_order(path, model)
 
-    def test_a_file_that_is_resumed_keeps_its_pieces(self, tmp_path: Path, chunked: None) -> None:
-        model, wrote = small_model(), []
-        sink = self.sink(Output(tmp_path / f"m{self.suffix}", is_directory=False))
-        sink.output.begin()
+    def test_a_file_that_is_resumed_keeps_its_pieces(
+        self, tmp_path: Path, chunked: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Opened again, on a disk that is full by then, a sink writes what is around the places as it is."""
+        model, output = small_model(), Output(tmp_path / f"m{self.suffix}", is_directory=False)
+        output.begin()
+        sink, again = self.sink(output), self.sink(output)
         sink.open(model.entries, SOURCE, PROVENANCE)
         fill(sink, model)
-        file = sink.output.path(sink.output.target.name)
-        before = file.read_bytes()
+        before = output.path(output.target.name).read_bytes()
 
-        class Resumed(Output):
-            def create(self, name: str, n_bytes: int) -> None:
-                assert (name, n_bytes) == (file.name, len(before))
-
-            def write(self, name: str, offset: int, data: np.ndarray) -> None:
-                wrote.append((offset, data.tobytes()))
-
-        again = self.sink(Resumed(tmp_path / f"m{self.suffix}", is_directory=False))
+        made, wrote = [], []
+        monkeypatch.setattr(output, "create", lambda *size: made.append(size))
+        monkeypatch.setattr(output, "write", lambda _, offset, data: wrote.append((offset, data.tobytes())))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
         again.open(model.entries, SOURCE, PROVENANCE)
-        places = [p for e in model.entries for piece in sink.pieces(e) for p in sink.places(piece)]
-        assert places == [p for e in model.entries for piece in again.pieces(e) for p in again.places(piece)]
+        assert made == [(output.target.name, len(before))]
+        parts = [piece for entry in model.entries for piece in sink.pieces(entry)]
+        places = [place for piece in parts for place in sink.places(piece)]
+        assert places == [place for piece in parts for place in again.places(piece)]
         counted = np.zeros(len(before), int)
         for place in places:
             counted[place.offset : place.offset + place.n_bytes] += 1
@@ -471,6 +475,32 @@ class RowFileTests:
             counted[offset : offset + len(data)] += 1
         assert (counted == 1).all()
         sink.abort()
+
+    def test_memory_does_not_grow_with_the_values(self, tmp_path: Path) -> None:
+        """Of a model of 3 GB that is laid out, no more than a piece or two is ever in memory."""
+        program = f"""
+import resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+from arrowquant_gpu.formats import Entry, TensorInfo
+from {self.sink.__module__} import {self.sink.__name__}
+from arrowquant_gpu.schemes import Scheme
+
+output = SimpleNamespace(target=Path({str(tmp_path)!r}) / "m", path=Path, create=print, write=lambda *_: None)
+sink = {self.sink.__name__}(output)
+def entry(n, scheme):
+    info = TensorInfo(f"{{n}} {{scheme}}", "float32", (n, 1 << 22), Path("m"), 0, n << 24)
+    return Entry(info, scheme and Scheme.parse(scheme), "")
+import shutil
+shutil.disk_usage = lambda _: SimpleNamespace(free=1 << 60)
+source = SimpleNamespace(metadata={{}}, config=None)
+sink.open([entry(1, "int8_g1_asym"), entry(1, None)], source, {{}})
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sink.open([entry(64, "int8_g4_asym"), entry(64, "int4_g32_asym_bf16"), entry(64, None)], source, {{}})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
+"""
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert int(done.stdout.split()[-1]) < 32 << 10
 
     def test_another_layout_than_the_known_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = Model()

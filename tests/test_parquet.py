@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arrowquant_gpu import reference
-from arrowquant_gpu.errors import SourceError
+from arrowquant_gpu.errors import FormatError, SourceError
+from arrowquant_gpu.formats import TensorInfo, parquet
+from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.parquet import ParquetCheckpoint, ParquetSink
 from arrowquant_gpu.formats.quantized import open_quantized
+from arrowquant_gpu.schemes import Scheme
 
 from .bitwise import assert_bitwise_equal
-from .row_files import Model, RowFileTests, small_model
+from .row_files import PROVENANCE, SOURCE, Model, RowFileTests, small_model
 
 
 class TestParquet(RowFileTests):
@@ -70,6 +75,33 @@ class TestParquet(RowFileTests):
             assert not any(c.has_dictionary_page for c in columns.values())
         found = pq.read_table(file, columns=["layer_name", "chunk"], filters=[("layer_name", "=", "a.weight")])
         assert found["chunk"].to_pylist() == [0, 1, 2]
+
+    def test_values_that_are_not_where_the_footer_says_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        skeleton, model = parquet._ParquetSkeleton, Model()
+        model.quantized("w", np.zeros((64, 512), np.float32), "int4_g32")
+        values = skeleton._values
+
+        def shifted(self: Any, data: Any) -> int:
+            n = values(self, data)
+            self._passed = {(self.size, length) for _, length in self._passed}
+            return n
+
+        output = Output(tmp_path / "m.parquet", is_directory=False)
+        output.begin()
+        monkeypatch.setattr(skeleton, "_values", shifted)
+        with pytest.raises(FormatError, match="lays files out in a way that arrowquant does not know"):
+            ParquetSink(output).open(model.entries, SOURCE, PROVENANCE)
+        output.abort()
+
+    def test_a_row_of_weights_that_is_too_long_for_parquet_is_refused(self) -> None:
+        sink, four = ParquetSink(Output("/m.parquet", is_directory=False)), Scheme.parse("int4_g128")
+        info = TensorInfo("w", "bfloat16", (1, 1 << 31), Path("m"), 0, 1 << 32)
+        assert sink.scheme_for(info, four) == four
+        for length, scheme in ((1 << 32, "int4_g128"), (1 << 31, "int8_channel"), (1 << 29, "int2_g1")):
+            with pytest.raises(FormatError, match=f"{length:,} weights is more than the 2 GiB"):
+                sink.scheme_for(dataclasses.replace(info, shape=(1, length)), Scheme.parse(scheme))
 
     def test_one_row_group_of_all_rows_is_refused(self, file: Path) -> None:
         pq.write_table(pq.read_table(file), file)

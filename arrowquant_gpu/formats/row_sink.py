@@ -83,6 +83,9 @@ class RowSink(abc.ABC):
         """
         target = self.output.target
         needed, free = sum(map(self.n_bytes, entries)), shutil.disk_usage(target.parent).free
+        # A run that is resumed has its space already.
+        if (file := self.output.path(target.name)).exists():
+            free += 512 * file.stat().st_blocks
         if needed > free:
             raise TargetError(f"{target}: {needed:,} bytes are needed and {free:,} are free in {target.parent}")
         metadata = {PROVENANCE_KEY: json.dumps(provenance), METADATA_KEY: json.dumps(source.metadata)}
