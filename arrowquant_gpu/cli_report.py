@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from .backends import Device
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .backends import Device
     from .pipeline import Manifest, Plan
     from .pipeline.dequantize import Dequantized
     from .pipeline.verify import VerifyReport

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -131,11 +132,38 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
         raise ArrowQuantError("enough")
 
     monkeypatch.setattr(pipeline, "quantize_checkpoint", spy)
-    given = "--format arrow --device cpu --threads 2 --include a --include b --ignore c --validate --overwrite"
-    assert run("quantize", weights, tmp_path / "q", *given.split()).exit_code == 1
-    paths = {"src": weights, "dst": tmp_path / "q"}
-    choices = {"format": "arrow", "device": "cpu", "threads": 2, "include": ["a", "b"], "ignore": ["c"]}
-    assert seen == paths | choices | {"validate": True, "overwrite": True, "progress": None}
+    given = "--format arrow --device cpu,reference --threads 2 --include a --include b --ignore c --validate"
+    more = "--overwrite --resume --memory-limit 1.5GiB --read direct --timeline t.json"
+    assert run("quantize", weights, tmp_path / "q", *given.split(), *more.split()).exit_code == 1
+    paths = {"src": weights, "dst": tmp_path / "q", "timeline": Path("t.json")}
+    choices = {"format": "arrow", "device": ["cpu", "reference"], "threads": 2, "include": ["a", "b"], "ignore": ["c"]}
+    flags = {"validate": True, "overwrite": True, "resume": True, "progress": None}
+    assert seen == paths | choices | flags | {"memory_limit": 3 << 29, "read": "direct"}
+
+
+def test_two_devices_share_one_run(model: Path, tmp_path: Path) -> None:
+    succeed("quantize", model, tmp_path / "one", "--device", "reference", "--scheme", "int4_g32")
+    told = document("quantize", model, tmp_path / "two", "--device", "reference,cpu", "--scheme", "int4_g32")
+    assert told["device"]["name"] == "reference, cpu"
+    assert told["summary"]["devices"] == ["reference", "cpu"]
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_memory_limit_that_is_too_small_says_what_is_needed(weights: Path, tmp_path: Path) -> None:
+    result = run("quantize", weights, tmp_path / "q", "--device", "cpu", "--memory-limit", "1MB")
+    assert result.exit_code == 3
+    assert re.search(r"memory limit 1 MB: this model needs at least \d+ MB", result.stderr)
+    assert not (tmp_path / "q").exists()
+    needed = int(re.findall(r"at least (\d+) MB", result.stderr)[0]) + 20
+    succeed("quantize", weights, tmp_path / "q", "--device", "cpu", "--memory-limit", f"{needed} MB")
+
+
+def test_a_timeline_is_written(weights: Path, tmp_path: Path) -> None:
+    succeed("quantize", weights, tmp_path / "q", "--device", "cpu", "--timeline", tmp_path / "t.json")
+    events = json.loads((tmp_path / "t.json").read_text())
+    events = events["traceEvents"] if isinstance(events, dict) else events
+    assert {e["cat"] for e in events if e["ph"] == "X"} == {"plan", "read", "kernel", "write"}
 
 
 def test_include_and_ignore(model: Path, tmp_path: Path) -> None:
@@ -165,6 +193,10 @@ ERRORS = [
     (2, "quantize WEIGHTS OUT --scheme int9_g128", "9 bits"),
     (2, "quantize WEIGHTS OUT --scheme int4_g128 --bits 4", "--scheme"),
     (2, "quantize WEIGHTS OUT --group-size many", "many"),
+    (3, "quantize WEIGHTS OUT --device cpu --memory-limit much", "much"),
+    (3, "quantize WEIGHTS OUT --device cpu --read tape", "tape"),
+    (4, "quantize WEIGHTS OUT --device cpu,cpu", "different"),
+    (4, "quantize WEIGHTS OUT --device all", "every GPU"),
     (3, "quantize NAN OUT --device cpu", "fc.weight"),
     (4, "quantize WEIGHTS OUT --device cuda", "cuda"),
     (4, "quantize WEIGHTS OUT --device tpu", "tpu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -15,13 +16,14 @@ from safetensors import safe_open
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.errors import SourceError
-from arrowquant_gpu.formats import Entry, TensorInfo, compressed_tensors
+from arrowquant_gpu.formats import Codes, Entry, TensorInfo, compressed_tensors
+from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.compressed_tensors import CompressedTensorsCheckpoint
 from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink, ignore_list
 from arrowquant_gpu.formats.model_card import model_card
 from arrowquant_gpu.formats.output import Output
-from arrowquant_gpu.pipeline import engine, quantize_checkpoint
+from arrowquant_gpu.pipeline import quantize_checkpoint
 from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
@@ -99,7 +101,7 @@ def test_every_part_against_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: str, shape: tuple[int, int]
 ) -> None:
     # Blocks of 3 rows or so: words of zero points are shared between blocks.
-    monkeypatch.setattr(engine, "BLOCK_BYTES", 3 * shape[1] * DTYPES[dtype].bits // 8)
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 3 * shape[1] * DTYPES[dtype].bits // 8)
     weights = RNG.standard_normal(shape, np.float32).astype(DTYPES[dtype].numpy)
     source = model(tmp_path / "m", {"a.weight": weights})
     out = load(quantize(source, tmp_path / "out", scheme))
@@ -135,35 +137,39 @@ def test_every_part_against_the_reference(
             assert_bitwise_equal(block.zeros, zeros[rows])
 
 
-def test_rows_in_any_order_make_the_same_file(tmp_path: Path) -> None:
-    weights = RNG.standard_normal((37, 64), np.float32)
+@pytest.mark.parametrize("scheme", ["int4_g32_asym", "int4_g32", "int8_g40", "int2_channel_asym"])
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 3000, 1 << 20])
+def test_pieces_in_any_order_make_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, piece_bytes: int
+) -> None:
+    """Rows of 440 weights are no whole words of 4-bit codes: their padding belongs to a piece, too."""
+    weights = RNG.standard_normal((37, 640 if "g32" in scheme else 440), np.float32)
     source = open_checkpoint(model(tmp_path / "m", {"a.weight": weights}))
-    scheme = Scheme.parse("int4_g32_asym")
-    packed, scales, zeros, _ = reference.quantize(weights, scheme)
+    parsed = Scheme.parse(scheme)
     files = []
-    for name, cuts in (("one", [(0, 37)]), ("many", [(30, 37), (1, 2), (9, 30), (2, 9), (0, 1)])):
-        sink = CompressedTensorsSink(Output(tmp_path / name, is_directory=True), source.config)
-        entry = Entry(source.tensors["a.weight"], scheme, "")
+    for name, size in (("one", 1 << 24), ("many", piece_bytes)):
+        monkeypatch.setattr(formats_pieces, "PIECE_BYTES", size)
+        output = Output(tmp_path / name, is_directory=True)
+        sink = CompressedTensorsSink(output, source.config)
+        entry = Entry(source.tensors["a.weight"], parsed, "")
+        output.begin()
         sink.open([entry], source, {})
-        for start, stop in cuts:
-            sink.write_rows(entry, start, packed[start:stop], scales[start:stop], zeros[start:stop])
+        filled: dict[str, list[tuple[int, int]]] = {}
+        for i in RNG.permutation(len(found := sink.pieces(entry))):
+            p = found[i]
+            part = weights[p.row : p.row + p.rows, p.column : p.column + p.columns]
+            codes = Codes(*reference.quantize(np.ascontiguousarray(part), parsed)[:3])
+            for place, array in zip(sink.places(p), sink.stored(p, codes), strict=True):
+                assert place.n_bytes == array.nbytes
+                output.write(place.file, place.offset, np.ascontiguousarray(array))
+                filled.setdefault(place.file, []).append((place.offset, place.offset + place.n_bytes))
         sink.commit()
         files.append((tmp_path / name / "model.safetensors").read_bytes())
+        for spans in filled.values():
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(spans))), "places overlap"
+        stored = 16 + sum(stop - start for spans in filled.values() for start, stop in spans)
+        assert stored == sink.n_bytes(entry)
     assert files[0] == files[1]
-
-
-def test_what_was_not_written_is_noticed(tmp_path: Path) -> None:
-    weights = RNG.standard_normal((4, 64), np.float32)
-    source = open_checkpoint(model(tmp_path / "m", {"a.weight": weights}))
-    scheme = Scheme.parse("int4_g32_asym")
-    packed, scales, zeros, _ = reference.quantize(weights, scheme)
-    sink = CompressedTensorsSink(Output(tmp_path / "out", is_directory=True), source.config)
-    entry = Entry(source.tensors["a.weight"], scheme, "")
-    sink.open([entry], source, {})
-    sink.write_rows(entry, 0, packed[:3], scales[:3], zeros[:3])
-    with pytest.raises(RuntimeError, match="48 bytes were not written"):
-        sink.commit()
-    sink.abort()
 
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:

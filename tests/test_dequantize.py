@@ -16,7 +16,7 @@ import pytest
 from arrowquant_gpu import dequantize_checkpoint, quantize_checkpoint, reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.errors import InputError, SourceError, TargetError
-from arrowquant_gpu.formats import v2_extended
+from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.arrow_ipc import ArrowSink
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import Output
@@ -165,7 +165,7 @@ def test_an_existing_target(llama: Path, tmp_path: Path) -> None:
 
 
 def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(v2_extended, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 1024)
     file = write(ParquetSink(Output(tmp_path / "m.parquet", is_directory=False)), small_model())
     whole = file.read_bytes()
     at = whole.index(small_model().want["norm"].tobytes()[:64])

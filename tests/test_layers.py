@@ -36,6 +36,7 @@ LAYER = {unit: n for n, layer in enumerate(LAYERS) for unit in layer}
 SIDEWAYS = {
     ("dtypes", "errors"),
     ("schemes", "errors"),
+    ("trace", "errors"),
     ("arrow_columns", "tensor"),
     ("tensor", "arrow_columns"),
 }

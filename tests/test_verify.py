@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from arrowquant_gpu import quantize_checkpoint, reference, verify_checkpoint
 from arrowquant_gpu.errors import InputError, SourceError, VerifyError
-from arrowquant_gpu.formats import v2_extended
+from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.arrow_ipc import ArrowSink
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import Output
@@ -99,7 +99,7 @@ def test_figures_depend_on_nothing_else(
     }
     assert len(findings) == 1
     quantize_checkpoint(llama, tmp_path / "whole.parquet", "int4_g32_asym", format="parquet", device="reference")
-    monkeypatch.setattr(v2_extended, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 512)
     quantize_checkpoint(llama, tmp_path / "cut.arrow", "int4_g32_asym", format="arrow", device="reference")
     findings |= {verify(tmp_path / name, llama).findings for name in ("whole.parquet", "cut.arrow")}
     assert len(findings) == 1
@@ -349,7 +349,7 @@ def test_zeros_and_empty_tensors_pass(tmp_path: Path) -> None:
         assert {f.cosine for f in report.findings if f.action == "quantized"} == {1.0}
 
 
-def test_one_long_row(tmp_path: Path) -> None:
+def test_one_long_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of more weights than a piece holds is compared in parts of whole groups."""
     rng, model = np.random.default_rng(0), Model()
     x = rng.standard_normal(3_000_001).astype(np.float32)
@@ -357,7 +357,8 @@ def test_one_long_row(tmp_path: Path) -> None:
         model.quantized(scheme, x, scheme)
     model.copied("copied", x, x.shape, "float32")
     write_safetensors(tmp_path / "m.safetensors", {e.info.name: x for e in model.entries})
-    file = write(ArrowSink(Output(tmp_path / "m.arrow", is_directory=False)), model, n_bytes=1 << 20)
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 1 << 20)
+    file = write(ArrowSink(Output(tmp_path / "m.arrow", is_directory=False)), model)
     report = verify(file, tmp_path / "m.safetensors", min_cosine=0.5)
     report.check()
     y = x.copy()

@@ -66,7 +66,7 @@ def run(
         _join(threads)
     if work.error is not None:
         raise work.error
-    return [work.tensors[e.info.name].finished for e in entries]
+    return [work.tensors[e.info.name].result() for e in entries]
 
 
 class _Tensor:
@@ -80,7 +80,7 @@ class _Tensor:
         self.errors: list[Errors | None] = [None] * len(pieces)
         self.bounds: list[tuple[float, float]] = []
         self.files: set[str] = set()
-        self.finished: Finished
+        self.finished: Finished | None = None
 
     def check(self) -> None:
         """Raise for what the findings of all pieces count."""
@@ -94,6 +94,12 @@ class _Tensor:
             scales_before = piece.row * groups + piece.column // scheme.group_length(length)
             found = ops.merge(found, part, piece.row * length + piece.column, scales_before)
         ops.check(found, scheme, name=info.name, shape=info.shape)
+
+    def result(self) -> Finished:
+        """What became of it. Raises RuntimeError where a piece is missing: its place would read as zeros."""
+        if self.finished is None:
+            raise RuntimeError(f"{self.entry.info.name}: {self.n_left} of its pieces were never done")
+        return self.finished
 
     def figures(self) -> tuple[float, float, float] | None:
         if self.errors[0] is None:
