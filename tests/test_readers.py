@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import itertools
 import logging
 import mmap
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arrowquant_gpu.engine import Load, Reader
+from arrowquant_gpu.engine import Load, Reader, readers
 from arrowquant_gpu.engine.readers import BLOCK, LINE, READERS, open_reader
 from arrowquant_gpu.errors import DeviceError, InputError, SourceError
 from arrowquant_gpu.formats.checkpoint import SafetensorsCheckpoint, open_checkpoint
@@ -33,9 +34,13 @@ COPYING = ("buffered", "direct")
 
 
 class CuFile:
-    """What kvikio.CuFile does, with the host's memory in place of the GPU's; `calls` are reads (position, size)."""
+    """What kvikio.CuFile does, with the host's memory in place of the GPU's; `calls` are reads (position, size).
+
+    At the end of a file kvikio's own reads fail, and those of cuFile are short.
+    """
 
     opened = 0
+    is_cufile = False
     calls: list[tuple[int, int]] = []  # noqa: RUF012
 
     def __init__(self, file: Path, flags: str = "r") -> None:
@@ -48,7 +53,7 @@ class CuFile:
         assert buf.size == size
         CuFile.calls.append((file_offset, size))
         got = os.preadv(self._file.fileno(), [buf], file_offset)
-        if got == 0:
+        if got < size and not CuFile.is_cufile:
             raise RuntimeError("POSIX error on pread: EOF")
         return types.SimpleNamespace(get=lambda: got)
 
@@ -60,7 +65,7 @@ class CuFile:
 @pytest.fixture
 def kvikio(monkeypatch: pytest.MonkeyPatch) -> type[CuFile]:
     monkeypatch.setitem(sys.modules, "kvikio", types.SimpleNamespace(CuFile=CuFile))
-    CuFile.opened, CuFile.calls = 0, []
+    CuFile.opened, CuFile.calls, CuFile.is_cufile = 0, [], False
     return CuFile
 
 
@@ -94,15 +99,15 @@ def n_open() -> int:
 @pytest.fixture
 def reader_of() -> Iterator[Callable[..., Reader]]:
     """Opens readers, and sees that none leaves a descriptor behind."""
-    before, readers = n_open(), []
+    before, opened = n_open(), []
 
     def make(name: str, source: SafetensorsCheckpoint) -> Reader:
-        readers.append(open_reader(name, source))
-        return readers[-1]
+        opened.append(open_reader(name, source))
+        return opened[-1]
 
     yield make
-    while readers:
-        reader = readers.pop()
+    while opened:
+        reader = opened.pop()
         reader.close()
         reader.close()
         del reader
@@ -197,6 +202,27 @@ def test_a_hint_may_reach_over_the_end(
     reader = reader_of(name, source)
     for offset, n in [(99_000, 16 << 20), (1 << 40, 16 << 20), (100, 0), (1 << 40, 0)]:
         reader.expect(load_of(source, offset, n))
+
+
+def test_what_is_expected_of_a_map_is_whole_pages_of_it(
+    tmp_path: Path, reader_of: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = one_file(tmp_path / "a.safetensors", 100_000)
+    reader, calls = reader_of("mapped", source), []
+    whole = source.mapped(load_of(source, 0, 0).file)
+    real = readers._libc.madvise
+
+    def madvise(address: int, size: int, advice: int) -> None:
+        assert real(address, size, advice) == 0
+        calls.append((address - whole.ctypes.data, size, advice))
+
+    monkeypatch.setattr(readers, "_libc", types.SimpleNamespace(madvise=madvise))
+    page = mmap.PAGESIZE
+    for offset, n in [(5 * page + 7, 100), (page, page), (page - 1, 2), (99_000, 1 << 40), (1 << 40, 5), (page, 0)]:
+        reader.expect(load_of(source, offset, n))
+    start = 99_000 // page * page
+    ranges = [(5 * page, 107), (page, page), (0, page + 1), (start, whole.size - start)]
+    assert calls == [(*r, mmap.MADV_WILLNEED) for r in ranges]
 
 
 # --- failures
@@ -337,10 +363,13 @@ def test_where_direct_is_refused_the_page_cache_is_used_and_said(
     source = one_file(tmp_path / "a.safetensors", 300_000)
     reader, file = reader_of("direct", source), load_of(source, 0, 0).file
     whole, real_open, real_preadv = source.mapped(file), os.open, os.preadv
+    all_at_once, n_refused = threading.Barrier(8, timeout=30), itertools.count()
 
     def refuse(*args: Any) -> Any:
         is_open = isinstance(args[0], Path)
         if args[1] & os.O_DIRECT if is_open else fcntl.fcntl(args[0], fcntl.F_GETFL) & os.O_DIRECT:
+            if not is_open and next(n_refused) < 8:
+                all_at_once.wait()
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return (real_open if is_open else real_preadv)(*args)
 
@@ -409,13 +438,14 @@ def test_gds_errors_name_file_and_position(
     buffer = space(load.n_bytes + reader.device_slack)
     reader.read_device(load, buffer)
     os.truncate(load.file, 60_001)
-    with pytest.raises(SourceError, match=rf"{re.escape(str(load.file))}: 100000 bytes at 50001 wanted, 10000 got"):
+    path = re.escape(str(load.file))
+    with pytest.raises(SourceError, match=rf"{path}: 100000 bytes at 50001 cannot be read into GPU memory: POSIX"):
         reader.read_device(load, buffer)
-    os.truncate(load.file, 100)
-    with pytest.raises(
-        SourceError, match=rf"{re.escape(str(load.file))}: 100000 bytes at 50001 cannot be read into GPU memory: POSIX"
-    ):
+    kvikio.is_cufile = True
+    with pytest.raises(SourceError, match=rf"{path}: 100000 bytes at 50001 wanted, 10000 got"):
         reader.read_device(load, buffer)
+    with pytest.raises(SourceError, match=r"changed since its header was read"):
+        reader_of("gds", source).read_device(load, buffer)
 
     def cannot(file: Path, flags: str) -> None:
         raise RuntimeError("cuFile driver")
