@@ -108,7 +108,7 @@ def _write(
         compression=compression,
         use_dictionary=False,
         write_statistics=["layer_name"],
-        # The values of a row are contiguous only in a single page.
+        # The values of a row are contiguous only in a single page; pyarrow 20 would begin another one within a row.
         data_page_size=_MOST_BYTES,
         metadata_collector=footers,
     ) as writer:
