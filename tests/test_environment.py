@@ -99,7 +99,7 @@ def test_python_versions_agree() -> None:
         ("environment", "cuda-version >=13.0,<14", "cuda-version >=12.9,<13"),
         ("environment", "  - rich >=13.9\n", ""),
         ("environment", "  - dlpack\n", "  - dlpack\n  - cudatoolkit\n"),
-        ("project", '"nvtx>=0.2.11"', '"nvtx>=0.2.12"'),
+        ("project", '"nvtx>=0.2.13"', '"nvtx>=0.2.14"'),
         ("project", '"rich>=13.9",', '"rich>=13.9", "requests>=2",'),
     ],
 )

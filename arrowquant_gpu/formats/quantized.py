@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from .. import trace
 from ..errors import SourceError
 from ..schemes import rows_and_length
 from ..tensor import QuantizedTensor
@@ -57,7 +58,13 @@ def pieces(
     tensor is a flat array, of uint8 for elements of less than one byte. Pieces are views of the checkpoint's blocks.
     """
     done = 0
-    for _, block in checkpoint.blocks(name):
+    blocks = checkpoint.blocks(name)
+    while True:
+        with trace.span("read", name):
+            found = next(blocks, None)
+        if found is None:
+            return
+        block = found[1]
         if isinstance(block, QuantizedTensor):
             for piece in _cut(block, n_weights):
                 yield done, piece

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from .. import __version__, ops
+from .. import __version__, ops, trace
 from ..backends import Backend, get_backend
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..engine import Progress
@@ -121,7 +121,8 @@ def dequantize_checkpoint(
             target = _dtype(entry, dtype)
             at = begin
             for data in _decoded(source, name, target, backend):
-                output.write(file, at, data)
+                with trace.span("write", name, data.nbytes):
+                    output.write(file, at, data)
                 at += data.nbytes
                 if progress is not None:
                     progress(done + at - begin, total, name)
@@ -152,7 +153,7 @@ def _decoded(source: QuantizedCheckpoint, name: str, dtype: str, backend: Backen
             yield piece
             continue
         out = np.empty(piece.shape, DTYPES[kernel_dtype].numpy)
-        ops.dequantize_rows(piece.packed, piece.scales, piece.zeros, piece.scheme, out, backend=backend)
+        ops.dequantize_rows(piece.packed, piece.scales, piece.zeros, piece.scheme, out, backend=backend, name=name)
         yield out if dtype == kernel_dtype else narrow(out, dtype)
 
 

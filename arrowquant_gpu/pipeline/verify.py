@@ -277,7 +277,8 @@ class _Compare:
                 assert isinstance(piece, QuantizedTensor)
                 decoded = np.empty(piece.shape, np.float32)
                 with self.lock:
-                    ops.dequantize_rows(piece.packed, piece.scales, piece.zeros, scheme, decoded, backend=self.backend)
+                    parts = piece.packed, piece.scales, piece.zeros
+                    ops.dequantize_rows(*parts, scheme, decoded, backend=self.backend, name=name)
                 x = want[at : at + decoded.size].reshape(decoded.shape)
                 figures.add(x, decoded)
                 in_steps, excess = steps_off(x, decoded, piece)
