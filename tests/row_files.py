@@ -430,7 +430,7 @@ class RowFileTests:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int, compression: str | None
     ) -> None:
         monkeypatch.setattr(cutting, "PIECE_BYTES", n_bytes)
-        for seed in range(4):
+        for seed in range(2):
             path = self.write(tmp_path / f"{seed}{self.suffix}", small_model(), compression=compression, seed=seed)
             assert_holds(path, small_model())
             self.assert_as_in_order(path, small_model(), compression)
