@@ -71,7 +71,9 @@ def aside(target: Path, replacement: Path) -> Path:
 
 
 def recover(target: Path) -> list[Temporary]:
-    """Put back what a killed run had set aside, and lock what killed runs left, the newest first.
+    """Put back what a killed run had set aside; lock and return what can be continued, the newest first.
+
+    What killed runs left and cannot be continued is removed.
 
     Raises TargetError where a run for this target is alive, and where both what was set aside and something else that
     did not replace it are there; OSError.
@@ -91,6 +93,10 @@ def recover(target: Path) -> list[Temporary]:
                 raise TargetError(f"{target} is being written by another run (in {path}); wait for its end")
         for path, inode in ((p, int(m[1], 16)) for p, m in matches if m[2] == "previous"):
             _put_back(target, path, inode)
+        for one in [one for one in found if not one.n_finished()]:
+            found.remove(one)
+            one.remove()
+            one.release()
     except BaseException:
         for one in found:
             one.release()

@@ -112,7 +112,7 @@ class Output:
     def begin(self) -> None:
         """Check, and make the temporary directory, or with `resume` take the newest that has a finished tensor.
 
-        What else killed runs left is removed, with a warning where work is lost by that.
+        What else is left of runs that are over is removed, with a warning where work is lost by that.
         """
         with target_errors(self.target):
             leftovers = recover(self.target)
@@ -249,22 +249,18 @@ class Output:
             self._temp = None
 
     def _take_over(self, leftovers: list[Temporary]) -> None:
-        """Move the newest that can be continued from the list to this output."""
-        for one in leftovers:
-            if one.n_finished():
-                leftovers.remove(one)
-                self._temp, self.resumed = one, True
-                # Of a run that was killed at its end. It is written anew, and would be taken for one of the files.
-                (one.path / self.manifest).unlink(missing_ok=True)
-                return
+        """Move the newest from the list to this output."""
+        if leftovers:
+            self._temp, self.resumed = leftovers.pop(0), True
+            # Of a run that was killed at its end. It is written anew, and would be taken for one of the files.
+            (self._temp.path / self.manifest).unlink(missing_ok=True)
 
     def _give_up(self, leftover: Temporary) -> None:
-        n = leftover.n_finished()
-        if n and not self.resume:
+        if not self.resume:
             log.warning(
                 "%s: %d finished tensors of an interrupted run are given up; resume (--resume) would have continued it",
                 self.target,
-                n,
+                leftover.n_finished(),
             )
         leftover.remove()
 
