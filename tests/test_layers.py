@@ -43,7 +43,20 @@ SIDEWAYS = {
 # What the package's own front door offers to every layer.
 FROM_ROOT = {"__version__"}
 
-HEAVY = {"numba", "llvmlite", "cupy", "cuda", "torch", "typer", "rich", "huggingface_hub", "nanoarrow", "transformers"}
+HEAVY = {
+    "numba",
+    "llvmlite",
+    "cupy",
+    "cuda",
+    "torch",
+    "typer",
+    "rich",
+    "huggingface_hub",
+    "nanoarrow",
+    "transformers",
+    "kvikio",
+    "matplotlib",
+}
 
 
 def read_package() -> dict[str, str]:
