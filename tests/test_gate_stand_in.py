@@ -178,7 +178,7 @@ HOST_FAULTS: dict[str, tuple[Edit, str]] = {
     "small blocks": (("(blocks,), (BLOCK,), args", "(blocks,), (BLOCK // 2,), args"), "differ|findings"),
     "large blocks": (("(blocks,), (BLOCK,), args", "(blocks,), (BLOCK * 8,), args"), "is empty or beyond"),
     "no wait after a copy": (
-        ("stream.synchronize()\n            return a", "return a"),
+        ("    for _, copied in turns:\n        copied.synchronize()\n", ""),
         "runs after its memory was freed",
     ),
     "a result that is not read": (("counters.get(stream=stream, out=counts)", "pass"), "findings"),
@@ -213,14 +213,31 @@ def test_host_weights_are_refused_by_the_backend(monkeypatch: pytest.MonkeyPatch
         backend.quantize(x, scheme, backend.empty((2, 32), np.uint8), backend.empty((2, 2), np.float32), None)
 
 
-def test_weights_larger_than_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Several parts through two staging buffers that take turns: each must be free before it is filled again."""
-    backend, _ = backend_over(ShimLoader(), monkeypatch, tmp_path)
-    monkeypatch.setattr(sys.modules[BACKEND], "STAGE_BYTES", 1000)
+def there_and_back(backend: Backend) -> None:
+    """Several parts through two staging buffers that take turns."""
     x = make("normal", (7, 384), "float32")
     out = np.empty_like(x)
     backend.get(backend.put(x), out)
     assert_bitwise_equal(out, x)
+
+
+STAGE_FAULTS: dict[str, tuple[Edit, str]] = {
+    "filled too early": (("        if turn >= 2:\n            copied.synchronize()\n", ""), "differ"),
+    "taken too early": (("    copied.synchronize()\n    target[part]", "    target[part]"), "differ"),
+    "freed too early": (HOST_FAULTS["no wait after a copy"][0], "runs after its memory was freed"),
+}
+
+
+@pytest.mark.parametrize("name", [None, *STAGE_FAULTS])
+def test_weights_larger_than_a_stage(name: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    edit, message = (None, "") if name is None else STAGE_FAULTS[name]
+    backend, _ = backend_over(ShimLoader(), monkeypatch, tmp_path, edit=edit)
+    monkeypatch.setattr(sys.modules[BACKEND], "STAGE_BYTES", 1000)
+    if edit is None:
+        there_and_back(backend)
+    else:
+        with pytest.raises(AssertionError, match=message):
+            there_and_back(backend)
 
 
 def test_devices_that_are_not_there_or_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import from_numpy
-from ..errors import DeviceError
+from ..errors import DeviceError, DeviceMemoryError
 from ..reference import Findings
 from ..schemes import Scheme
+from . import counters as counted
 from . import nvrtc, variants
+from .counters import COUNTERS
 from .variants import Variant
 
 BLOCK = 256  # threads of a block, as in kernels/common.cuh
@@ -34,8 +36,8 @@ _PIECE = 4096
 # Up to this many weights one warp decides a group, beyond a whole block.
 _WARP_WEIGHTS = 8192
 
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY
 _SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in kernels/codes.cuh
-_COUNTERS, _RANGE = 7, slice(5, 7)  # the enum Counter of kernels/common.cuh
 
 
 def usable() -> tuple[bool, str]:
@@ -57,6 +59,29 @@ def _arch(properties: dict[str, Any]) -> int:
     return 10 * int(properties["major"]) + int(properties["minor"])
 
 
+def n_devices() -> int:
+    """How many GPUs there are. Raises DeviceError where CUDA cannot be used."""
+    with current(0):
+        return int(cupy.cuda.runtime.getDeviceCount())
+
+
+@contextlib.contextmanager
+def current(index: int) -> Iterator[Any]:
+    """Make a device this thread's current one, and yield the stream that is current there.
+
+    What CUDA fails at becomes DeviceError, and DeviceMemoryError where it is memory.
+    """
+    try:
+        with cupy.cuda.Device(index):  # a new one each time: the object remembers what was current before
+            yield cupy.cuda.get_current_stream()
+    except DeviceError:
+        raise
+    except (RuntimeError, MemoryError) as e:  # CuPy's errors of the runtime, the driver, and device memory
+        is_memory = isinstance(e, MemoryError) or getattr(e, "status", None) == _OUT_OF_MEMORY
+        error = DeviceMemoryError if is_memory else DeviceError
+        raise error(f"cuda:{index}: {str(e).splitlines()[0]}") from e
+
+
 class CudaBackend:
     """The kernels on CUDA device number `index`; see Backend for the contract of each method.
 
@@ -69,80 +94,83 @@ class CudaBackend:
     def __init__(self, index: int = 0) -> None:
         self._index = index
         self._functions: dict[Variant, Any] = {}
-        with self._current():
+        with current(self._index):
             properties = cupy.cuda.runtime.getDeviceProperties(index)
             # Page-locked and never written again: a copy of it may still be under way when a call has returned.
-            self._zeros = cupyx.empty_pinned(_COUNTERS, np.uint64)
+            self._zeros = cupyx.empty_pinned(COUNTERS, np.uint64)
         self._zeros[...] = 0
         self._arch = _arch(properties)
         if self._arch < MIN_ARCH:
             raise DeviceError(f"cuda:{index} has compute capability {self._arch / 10}; {MIN_ARCH / 10} is needed")
         self._max_blocks = int(properties["multiProcessorCount"]) * BLOCKS_PER_SM
 
-    @contextlib.contextmanager
-    def _current(self) -> Iterator[Any]:
-        """Make the device current, and yield its current stream. What CUDA fails at becomes DeviceError."""
-        try:
-            with cupy.cuda.Device(self._index):  # a new one each time: the object remembers what was current before
-                yield cupy.cuda.get_current_stream()
-        except DeviceError:
-            raise
-        except (RuntimeError, MemoryError) as e:  # CuPy's errors of the runtime, the driver, and device memory
-            raise DeviceError(f"cuda:{self._index}: {str(e).splitlines()[0]}") from e
-
     def put(self, x: NDArray[Any]) -> Any:
         """A device copy of the host array `x`, through pinned memory; `x` is free again when this returns."""
-        with self._current() as stream:
+        with current(self._index) as stream:
             a = cupy.empty(x.shape, x.dtype)
             source, target = _bytes(x), _bytes(a)
-            for part, stage in _stages(a.nbytes, stream):
+            for part, stage, copied in _stages(a.nbytes):
                 stage[...] = source[part]
                 target[part].set(stage, stream=stream)
-            stream.synchronize()
+                copied.record(stream)
             return a
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        with self._current():
+        with current(self._index):
             return cupy.empty(shape, dtype)
 
     def get(self, a: Any, out: NDArray[Any]) -> None:
         """Copy the device array `a` into the row-major host array `out`, through pinned memory."""
-        with self._current() as stream:
+        with current(self._index) as stream:
             source, target = _bytes(a), _bytes(out)
-            for part, stage in _stages(a.nbytes, stream):
-                source[part].get(stream=stream, out=stage)
-                stream.synchronize()
-                target[part] = stage
+            before: tuple[slice, Any, Any] | None = None
+            for part, stage, copied in _stages(a.nbytes):
+                source[part].get(stream=stream, out=stage, blocking=False)
+                copied.record(stream)
+                if before is not None:
+                    _unload(target, *before)
+                before = part, stage, copied
+            if before is not None:
+                _unload(target, *before)
 
     def quantize(self, x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None) -> Findings:
-        if x.size == 0:
-            return Findings()
-        cut = _Cut.into_groups(x.shape, scheme)
-        variant = variants.quantize(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name, cut.group)
-        with self._current() as stream:
+        with current(self._index) as stream:
             counters = self._new_counters(stream)
-            self._write_codes(variant, cut, x, scheme, packed, scales, zeros, counters)
-            return _findings(_read(counters, stream))
+            self.launch_quantize(x, scheme, packed, scales, zeros, counters)
+            return counted.findings(_read(counters, stream))
 
     def value_range(self, x: Any) -> tuple[float, float, Findings]:
-        if x.size == 0:
-            return 0.0, 0.0, Findings()
-        variant = variants.value_range(from_numpy(x.dtype).name)
-        with self._current() as stream:
+        with current(self._index) as stream:
             counters = self._new_counters(stream)
-            self._launch(variant, -(-x.size // WEIGHTS_PER_THREAD), BLOCK, x, np.int64(x.size), counters)
+            self.launch_value_range(x, counters)
             counts = _read(counters, stream)
-        findings = _findings(counts)
-        if findings.first >= 0:
-            return 0.0, 0.0, findings
-        hi, lo = counts[_RANGE].astype(np.uint32).view(np.float32) + np.float32(0)
-        return float(lo), float(hi), findings
+        return *counted.bounds(counts), counted.findings(counts)
+
+    def launch_quantize(
+        self, x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None, counters: Any
+    ) -> None:
+        """`quantize` without waiting for it: what it finds is added to `counters`, uint64 [COUNTERS] on the device."""
+        if x.size == 0:
+            return
+        cut = _Cut.into_groups(x.shape, scheme)
+        variant = variants.quantize(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name, cut.group)
+        with current(self._index):
+            self._write_codes(variant, cut, x, scheme, packed, scales, zeros, counters)
+
+    def launch_value_range(self, x: Any, counters: Any) -> None:
+        """`value_range` without waiting for it: range and findings are added to `counters`."""
+        if x.size == 0:
+            return
+        variant = variants.value_range(from_numpy(x.dtype).name)
+        with current(self._index):
+            self._launch(variant, -(-x.size // WEIGHTS_PER_THREAD), BLOCK, x, np.int64(x.size), counters)
 
     def encode(self, x: Any, scheme: Scheme, scales: Any, zeros: Any | None, packed: Any) -> None:
+        """Write codes with scales that are already known; does not wait."""
         if x.size == 0:
             return
         variant = variants.encode(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name)
-        with self._current():
+        with current(self._index):
             self._write_codes(variant, _Cut.into_pieces(x.shape, scheme), x, scheme, packed, scales, zeros, None)
 
     def dequantize(self, packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any) -> None:
@@ -151,12 +179,12 @@ class CudaBackend:
         cut = _Cut.into_pieces(out.shape, scheme)
         variant = variants.dequantize(scheme.bits, scheme.symmetric, from_numpy(out.dtype).name)
         lanes = cut.warp_lanes(1)
-        with self._current():
+        with current(self._index):
             args = (packed, scales, zeros, out, *cut.args(scheme), np.int32(lanes))
             self._launch(variant, cut.n_runs, BLOCK // lanes, *args)
 
     def _new_counters(self, stream: Any) -> Any:
-        counters = cupy.empty(_COUNTERS, np.uint64)
+        counters = cupy.empty(COUNTERS, np.uint64)
         counters.set(self._zeros, stream=stream)
         return counters
 
@@ -259,33 +287,34 @@ def _bytes(a: Any) -> Any:
     return a.reshape(-1).view(np.uint8)
 
 
-def _stages(n_bytes: int, stream: Any) -> Iterator[tuple[slice, Any]]:
-    """Cut n bytes into parts with a pinned buffer for each: two take turns, so that one fills while one is copied."""
-    buffers = [cupyx.empty_pinned((min(n_bytes, STAGE_BYTES),), np.uint8) for _ in range(1 + (n_bytes > STAGE_BYTES))]
+def _stages(n_bytes: int) -> Iterator[tuple[slice, Any, Any]]:
+    """Cut n bytes into parts, each with a pinned buffer and an event to be recorded after the copy from or to it.
+
+    Two buffers take turns, so that the host uses one while the other is copied. At the end all copies have ended.
+    """
+    turns = [
+        (cupyx.empty_pinned((min(n_bytes, STAGE_BYTES),), np.uint8), cupy.cuda.Event(block=True, disable_timing=True))
+        for _ in range(1 + (n_bytes > STAGE_BYTES))
+    ]
     for turn, start in enumerate(range(0, n_bytes, STAGE_BYTES)):
-        if turn >= 2 and turn % 2 == 0:
-            stream.synchronize()
+        buffer, copied = turns[turn % 2]
+        if turn >= 2:
+            copied.synchronize()
         part = slice(start, min(n_bytes, start + STAGE_BYTES))
-        yield part, buffers[turn % 2][: part.stop - start]
+        yield part, buffer[: part.stop - start], copied
+    for _, copied in turns:
+        copied.synchronize()
+
+
+def _unload(target: NDArray[np.uint8], part: slice, stage: Any, copied: Any) -> None:
+    """Take a part off its staging buffer, once the copy into that has ended."""
+    copied.synchronize()
+    target[part] = stage
 
 
 def _read(counters: Any, stream: Any) -> NDArray[np.uint64]:
     """The counters on the host; waits for the stream."""
-    counts: NDArray[np.uint64] = cupyx.empty_pinned(_COUNTERS, np.uint64)
+    counts: NDArray[np.uint64] = cupyx.empty_pinned(COUNTERS, np.uint64)
     counters.get(stream=stream, out=counts)
     stream.synchronize()
     return counts
-
-
-def _findings(counts: NDArray[np.uint64]) -> Findings:
-    n_nan, n_inf, not_first, n_overflow, not_first_overflow = (int(n) for n in counts[:5])
-    if n_nan or n_inf:  # scales of such weights mean nothing
-        n_overflow = not_first_overflow = 0
-    last = 2**64 - 1
-    return Findings(
-        n_nan,
-        n_inf,
-        last - not_first if not_first else -1,
-        n_overflow,
-        last - not_first_overflow if not_first_overflow else -1,
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -50,11 +51,11 @@ class Allocation:
     """Device memory, for use on one stream. Its address means nothing to the host.
 
     CuPy's pool gives freed memory to later work of the same stream. So it may be freed while that stream still has to
-    use it, but not while another has.
+    use it, but not while another has. Memory that is not of the pool has no stream.
     """
 
     device: Gpu
-    stream: Stream
+    stream: Stream | None
     address: int
     bytes: np.ndarray
 
@@ -77,20 +78,23 @@ class Stream:
 
     def submit(self, action: Callable[[], None], after: Iterable[tuple[Stream, int]] = ()) -> None:
         """Queue `action` behind what is already there and what CUDA's rules for the null stream add."""
-        joined = [*after]
-        if not self.non_blocking:
-            joined += [(s, s.n_submitted) for s in self.device.streams if not s.non_blocking and 0 in (s.ptr, self.ptr)]
-        self.queue.append(Work(action, [(s, n) for s, n in joined if s is not self]))
-        self.n_submitted += 1
+        with self.device.lock:
+            joined = [*after]
+            if not self.non_blocking:
+                others = [s for s in self.device.streams if not s.non_blocking and 0 in (s.ptr, self.ptr)]
+                joined += [(s, s.n_submitted) for s in others]
+            self.queue.append(Work(action, [(s, n) for s, n in joined if s is not self]))
+            self.n_submitted += 1
 
     def run(self, until: int) -> None:
         """Do the first `until` pieces of work ever submitted."""
-        while self.n_done < until:
-            work = self.queue.popleft()
-            self.n_done += 1
-            for stream, n in work.after:
-                stream.run(n)
-            work.action()
+        with self.device.lock:
+            while self.n_done < until:
+                work = self.queue.popleft()
+                self.n_done += 1
+                for stream, n in work.after:
+                    stream.run(n)
+                work.action()
 
 
 @dataclass(eq=False)
@@ -103,11 +107,22 @@ class Gpu:
     streams: list[Stream] = field(default_factory=list)
     n_reserved: int = 0
     n_launches: int = 0
+    memory: int | None = None  # bytes that `reserve` may have given away at a time
+    reserved: weakref.WeakSet[Allocation] = field(default_factory=weakref.WeakSet)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         self.streams.append(Stream(self, 0, non_blocking=False))
 
-    def allocate(self, n_bytes: int, stream: Stream) -> Allocation:
+    def reserve(self, n_bytes: int) -> Allocation | None:
+        """Memory that is not of the pool, or None where there is too little."""
+        if self.memory is not None and sum(a.bytes.nbytes for a in self.reserved) + n_bytes > self.memory:
+            return None
+        allocation = self.allocate(n_bytes, None)
+        self.reserved.add(allocation)
+        return allocation
+
+    def allocate(self, n_bytes: int, stream: Stream | None) -> Allocation:
         """Fresh memory, full of garbage; very much of it is zeros, which take no memory until they are written."""
         address = FIRST_ADDRESS + (self.index << 40) + self.n_reserved
         self.n_reserved += -(-n_bytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
@@ -125,23 +140,30 @@ class Gpu:
             stream.run(stream.n_submitted)
 
 
+class _Current(threading.local):
+    """What is current in a thread: it begins with device 0 and its null stream."""
+
+    def __init__(self) -> None:
+        self.devices = [0]
+        self.streams: list[Stream] = []
+
+
 class Host:
     """The host's side: which devices there are, which one is current, and which host memory is page-locked."""
 
     def __init__(self, gpus: list[Gpu]):
         self.gpus = gpus
-        self.device_stack = [0]
-        self.stream_stack: list[Stream] = []
+        self.current = _Current()
         self.pinned: weakref.WeakSet[PinnedMemory] = weakref.WeakSet()
 
     @property
     def gpu(self) -> Gpu:
-        return self.gpus[self.device_stack[-1]]
+        return self.gpus[self.current.devices[-1]]
 
     def current_stream(self, gpu: Gpu | None = None) -> Stream:
         """The stream in use on a device, the current one if not given; by default its null stream."""
         gpu = gpu or self.gpu
-        return next((s for s in reversed(self.stream_stack) if s.device is gpu), gpu.streams[0])
+        return next((s for s in reversed(self.current.streams) if s.device is gpu), gpu.streams[0])
 
     def allocate_pinned(self, n_bytes: int) -> PinnedMemory:
         memory = PinnedMemory(n_bytes)
@@ -150,7 +172,7 @@ class Host:
 
     def pinned_part(self, array: np.ndarray) -> tuple[PinnedMemory, np.ndarray] | None:
         """The page-locked memory that `array` lies in, and the same bytes in its second mapping."""
-        for memory in self.pinned:
+        for memory in list(self.pinned):
             offset = array.ctypes.data - memory.address
             if offset >= 0 and offset + array.nbytes <= len(memory):
                 return memory, memory.bytes[offset : offset + array.nbytes]

@@ -8,7 +8,9 @@ kind, device, or a host array is a fault.
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -27,18 +29,40 @@ Prepare = Callable[[Sequence[int], Sequence[int], Sequence[object], int], Callab
 Loader = Callable[[Path, str], Prepare]
 
 
-BACKEND = "arrowquant_gpu.backends.cuda"
+BACKEND, ENGINE = "arrowquant_gpu.backends.cuda", "arrowquant_gpu.engine.cuda"
 
 
 class CUDARuntimeError(RuntimeError):
     """What the real one is: any failure of a runtime call."""
 
+    def __init__(self, message: str, status: int = 999):
+        super().__init__(message)
+        self.status = status
+
+
+class Memory:
+    """cupy.cuda.Memory: memory of the current device that is not of CuPy's pool."""
+
+    def __init__(self, host: Host, n_bytes: int):
+        allocation = host.gpu.reserve(n_bytes)
+        if allocation is None:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory", 2)
+        self.host, self.allocation = host, allocation
+
 
 class MemoryPointer:
-    """Where an array's data are."""
+    """cupy.cuda.MemoryPointer: where an array's data are, in an allocation."""
 
-    def __init__(self, ptr: int):
-        self.ptr = ptr
+    def __init__(self, mem: Memory, offset: int):
+        self.mem, self.offset, self.ptr = mem, offset, mem.allocation.address + offset
+
+    def memset_async(self, value: int, size: int, stream: StreamHandle | None = None) -> None:
+        allocation = self.mem.allocation
+        queue = queue_of(self.mem.host, allocation, stream)
+        part = allocation.bytes[self.offset : self.offset + size]
+        if part.size < size:
+            raise KernelFault(f"setting {size} bytes where there are {part.size}")
+        queue.submit(still_there(allocation, lambda: part.fill(value), "setting memory"))
 
 
 class DeviceArray:
@@ -49,7 +73,19 @@ class DeviceArray:
 
     __array_priority__ = 100
 
-    def __init__(self, host: Host, allocation: Allocation, contents: np.ndarray):
+    def __init__(self, shape: Any, dtype: Any, memptr: MemoryPointer):
+        memory, n_bytes = memptr.mem.allocation.bytes, math.prod(shape) * np.dtype(dtype).itemsize
+        contents = memory[memptr.offset : memptr.offset + n_bytes].view(dtype).reshape(shape)
+        self._set(memptr.mem.host, memptr.mem.allocation, contents)
+
+    @classmethod
+    def of(cls, host: Host, allocation: Allocation, contents: np.ndarray) -> DeviceArray:
+        """An array over a part of an allocation."""
+        self = cls.__new__(cls)
+        self._set(host, allocation, contents)
+        return self
+
+    def _set(self, host: Host, allocation: Allocation, contents: np.ndarray) -> None:
         self._host, self._allocation, self.contents = host, allocation, contents
         self.shape, self.dtype, self.ndim = contents.shape, contents.dtype, contents.ndim
         self.size, self.nbytes, self.itemsize, self.flags = (
@@ -58,8 +94,9 @@ class DeviceArray:
 
     @property
     def data(self) -> MemoryPointer:
-        start = self._allocation.bytes.ctypes.data
-        return MemoryPointer(self._allocation.address + self.contents.ctypes.data - start)
+        mem = Memory.__new__(Memory)
+        mem.host, mem.allocation = self._host, self._allocation
+        return MemoryPointer(mem, self.contents.ctypes.data - self._allocation.bytes.ctypes.data)
 
     @property
     def device(self) -> Device:
@@ -75,7 +112,7 @@ class DeviceArray:
         raise BufferError("the stand-in has no capsules: an address of it is none of this process")
 
     def _view(self, contents: np.ndarray) -> DeviceArray:
-        return DeviceArray(self._host, self._allocation, contents)
+        return DeviceArray.of(self._host, self._allocation, contents)
 
     def reshape(self, *shape: Any) -> DeviceArray:
         return self._view(self.contents.reshape(*shape))
@@ -118,10 +155,15 @@ class DeviceArray:
         return out
 
     def _queue(self, stream: StreamHandle | None) -> Stream:
-        queue = self._host.current_stream(self._allocation.device) if stream is None else stream.queue
-        if queue.device is not self._allocation.device:
-            raise KernelFault(f"memory of device {self._allocation.device.index} on a stream of {queue.device.index}")
-        return queue
+        return queue_of(self._host, self._allocation, stream)
+
+
+def queue_of(host: Host, allocation: Allocation, stream: StreamHandle | None) -> Stream:
+    """The stream on which something happens to memory: by default the current one of its device."""
+    queue = host.current_stream(allocation.device) if stream is None else stream.queue
+    if queue.device is not allocation.device:
+        raise KernelFault(f"memory of device {allocation.device.index} on a stream of {queue.device.index}")
+    return queue
 
 
 class Device:
@@ -129,16 +171,16 @@ class Device:
 
     def __init__(self, host: Host, index: int | None = None):
         self._host = host
-        self.id = host.device_stack[-1] if index is None else index
+        self.id = host.current.devices[-1] if index is None else index
 
     def __enter__(self) -> Device:
         if not 0 <= self.id < len(self._host.gpus):
             raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-        self._host.device_stack.append(self.id)
+        self._host.current.devices.append(self.id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._host.device_stack.pop()
+        self._host.current.devices.pop()
 
     def synchronize(self) -> None:
         self._host.gpus[self.id].synchronize()
@@ -151,14 +193,49 @@ class StreamHandle:
         self._host, self.queue, self.ptr = host, queue, queue.ptr
 
     def __enter__(self) -> StreamHandle:
-        self._host.stream_stack.append(self.queue)
+        self._host.current.streams.append(self.queue)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._host.stream_stack.pop()
+        self._host.current.streams.pop()
 
     def synchronize(self) -> None:
         self.queue.run(self.queue.n_submitted)
+
+    def wait_event(self, event: Event) -> None:
+        self.queue.submit(lambda: None, [] if event.at is None else [event.at])
+
+
+class Event:
+    """cupy.cuda.Event, on the current device."""
+
+    def __init__(self, host: Host, block: bool = False, disable_timing: bool = False):
+        self._host, self.is_timed, self.time = host, not disable_timing, 0.0
+        self._device = host.gpu
+        self.at: tuple[Stream, int] | None = None
+
+    def record(self, stream: StreamHandle | None = None) -> None:
+        queue = self._host.current_stream() if stream is None else stream.queue
+        if queue.device is not self._device:
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the event is of another device")
+        queue.submit(self._stamp)
+        self.at = queue, queue.n_submitted
+
+    def synchronize(self) -> None:
+        if self.at is not None:
+            self.at[0].run(self.at[1])
+
+    def _stamp(self) -> None:
+        self.time = time.perf_counter()
+
+
+def elapsed_time(start: Event, end: Event) -> float:
+    """cupy.cuda.get_elapsed_time: milliseconds."""
+    if not (start.is_timed and end.is_timed):
+        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: an event without timing")
+    if any(e.at is None or e.at[0].n_done < e.at[1] for e in (start, end)):
+        raise CUDARuntimeError("cudaErrorNotReady: device not ready")
+    return (end.time - start.time) * 1e3
 
 
 class RawKernel:
@@ -215,7 +292,7 @@ def install(monkeypatch: pytest.MonkeyPatch, loader: Loader, n_devices: int = 1,
         dtype = np.dtype(dtype)
         n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         allocation = host.gpu.allocate(n_bytes, host.current_stream())
-        return DeviceArray(host, allocation, allocation.bytes.view(dtype).reshape(shape))
+        return DeviceArray.of(host, allocation, allocation.bytes.view(dtype).reshape(shape))
 
     def asarray(a: Any, dtype: Any = None) -> DeviceArray:
         if isinstance(a, DeviceArray):
@@ -249,6 +326,12 @@ def install(monkeypatch: pytest.MonkeyPatch, loader: Loader, n_devices: int = 1,
         Stream=lambda non_blocking=False: StreamHandle(host, host.gpu.stream(non_blocking)),
         get_current_stream=lambda: StreamHandle(host, host.current_stream()),
         alloc_pinned_memory=host.allocate_pinned,
+        PinnedMemory=host.allocate_pinned,
+        PinnedMemoryPointer=lambda mem, offset: mem,
+        Memory=lambda size: Memory(host, size),
+        MemoryPointer=MemoryPointer,
+        Event=lambda block=False, disable_timing=False: Event(host, block, disable_timing),
+        get_elapsed_time=elapsed_time,
     )
     vars(runtime).update(
         getDeviceCount=lambda: len(host.gpus), getDeviceProperties=properties, CUDARuntimeError=CUDARuntimeError
@@ -256,9 +339,10 @@ def install(monkeypatch: pytest.MonkeyPatch, loader: Loader, n_devices: int = 1,
     vars(cupyx).update(empty_pinned=empty_pinned)
     for module in (cupy, cuda, runtime, cupyx):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    # The backend holds the CuPy that it was imported with: import it anew now, and again after the test.
-    monkeypatch.setitem(sys.modules, BACKEND, types.ModuleType(BACKEND))
-    del sys.modules[BACKEND]
+    # These hold the CuPy that they were imported with: import them anew now, and again after the test.
+    for name in (BACKEND, ENGINE):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        del sys.modules[name]
     return host
 
 

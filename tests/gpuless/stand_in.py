@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import shutil
 import sys
 import types
@@ -40,7 +41,7 @@ def backend_over(
     host = install(monkeypatch, loader, n_devices, arch)
     monkeypatch.setattr(nvrtc, "build", functools.partial(stub_build, folder))
     monkeypatch.setattr(nvrtc, "missing", lambda: None)
-    module = importlib.import_module(BACKEND) if edit is None else _edited_backend(edit)
+    module = importlib.import_module(BACKEND) if edit is None else edited_module(BACKEND, edit)
     if max_blocks is not None:
         monkeypatch.setattr(module, "BLOCKS_PER_SM", max_blocks)
     backend: Backend = module.CudaBackend(0)
@@ -56,12 +57,16 @@ def edit_kernels(monkeypatch: pytest.MonkeyPatch, folder: Path, edits: Mapping[s
     monkeypatch.setattr(nvrtc, "kernel_dir", lambda: folder / "kernels")
 
 
-def _edited_backend(edit: Edit) -> types.ModuleType:
-    path = Path(nvrtc.__file__).with_name("cuda.py")
-    module = types.ModuleType(BACKEND)
-    module.__file__, module.__package__ = str(path), BACKEND.rpartition(".")[0]
-    sys.modules[BACKEND] = module  # a NamedTuple looks its module up
-    exec(compile(_applied(path.read_text(), edit, path.name), str(path), "exec"), vars(module))
+def edited_module(name: str, edit: Edit | None = None) -> types.ModuleType:
+    """A fresh copy of a module of the package, with a fault planted in it, in place of the module itself."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    path, module = Path(spec.origin), types.ModuleType(name)
+    module.__file__, module.__package__ = str(path), name.rpartition(".")[0]
+    sys.modules[name] = module  # a NamedTuple looks its module up
+    text = path.read_text()
+    exec(compile(text if edit is None else _applied(text, edit, path.name), str(path), "exec"), vars(module))
     return module
 
 
