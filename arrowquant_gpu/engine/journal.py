@@ -37,7 +37,8 @@ class Journal:
     fingerprint: what must be the same in a run that continues this one, by names that users know
     interval: seconds for which finished tensors are gathered before their files are synced
 
-    Raises TargetError where the earlier run had another fingerprint; its output and journal are then left as they are.
+    Raises TargetError where the earlier run had another fingerprint. The output is then given up, and what the earlier
+    run left stays as it is: nothing of it was done by this one.
     """
 
     def __init__(self, output: Output, fingerprint: Mapping[str, str], interval: float = 2.0) -> None:
@@ -105,6 +106,7 @@ class Journal:
             if old.get(key) != new.get(key)
         ]
         if changed:
+            self._output.abort(keep=True)
             raise TargetError(
                 f"{self._output.target}: the interrupted run cannot be continued: {'; '.join(changed)}. "
                 f"Run it again as it was, or without --resume to start anew."

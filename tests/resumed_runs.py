@@ -1,0 +1,139 @@
+"""Runs for tests of `--resume`: slow, in many small pieces, with a journal that is always up to date; and killed ones.
+
+Runs that are killed are forked from a server that has imported everything, so that 200 of them take minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from arrowquant_gpu.engine.journal import Journal
+from arrowquant_gpu.formats import pieces
+from arrowquant_gpu.formats.output import Output
+from arrowquant_gpu.pipeline import Manifest, quantize, quantize_checkpoint
+
+PIECE_BYTES = 8192
+# What of a commit changes names on the disk: a run can be killed before and after each.
+CHANGES = ("link", "unlink", "rename", "replace", "rmdir")
+
+
+@contextlib.contextmanager
+def small_pieces(write_seconds: float = 0.0) -> Iterator[None]:
+    """In this process: small pieces, a journal without an interval, and so long a pause in every write."""
+    old = pieces.PIECE_BYTES, quantize.Journal, Output.write  # type: ignore[attr-defined]
+
+    def write(self: Output, name: str, offset: int, data: Any) -> None:
+        old[2](self, name, offset, data)
+        time.sleep(write_seconds)
+
+    pieces.PIECE_BYTES, quantize.Journal = PIECE_BYTES, functools.partial(Journal, interval=0)  # type: ignore
+    Output.write = write  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        pieces.PIECE_BYTES, quantize.Journal, Output.write = old  # type: ignore
+
+
+def run(source: Path, target: Path, *, write_seconds: float = 0.0, **options: Any) -> Manifest:
+    """A run to its end, or until `progress` raises."""
+    options = {"scheme": "int4_g64", "device": "reference", **options}
+    with small_pieces(write_seconds):
+        return quantize_checkpoint(source, target, **options)  # type: ignore[no-any-return]
+
+
+def leftover(target: Path) -> Path | None:
+    """The one temporary directory beside a target."""
+    found = list(target.parent.glob(f".{target.name}.arrowquant-*.tmp"))
+    if len(found) > 1:
+        raise AssertionError(f"several leftovers: {found}")
+    return found[0] if found else None
+
+
+def n_noted(target: Path) -> int:
+    """Finished tensors in the journal beside a target."""
+    path = leftover(target)
+    try:
+        return max(0, (path / ".arrowquant_journal.jsonl").read_bytes().count(b"\n") - 1) if path else 0
+    except FileNotFoundError:
+        return 0
+
+
+def stop_after(target: Path, n: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[..., None]:
+    """A progress callback that ends the run as soon as so many tensors are noted as finished."""
+
+    def progress(done: int, total: int, name: str) -> None:
+        if n_noted(target) >= n:
+            raise error("stop")
+
+    return progress
+
+
+# Killed runs.
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([__name__])
+
+
+def killed(
+    source: Path, target: Path, *, seconds: float | None = None, changes: int | None = None, **options: Any
+) -> bool:
+    """A run in a process of its own that is killed so many seconds after it began, or after so many changes of names.
+
+    False where it came to its end before.
+    """
+    receiver, sender = _SERVER.Pipe(duplex=False)
+    process = _SERVER.Process(target=_mortal, args=(sender, source, target, changes, options))
+    process.start()
+    sender.close()
+    try:
+        receiver.recv()
+        if seconds is not None:
+            process.join(seconds)
+            process.kill()
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise AssertionError(f"the run ended with {process.exitcode}")
+        return process.exitcode != 0
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+        receiver.close()
+
+
+def _mortal(begun: Connection, source: Path, target: Path, changes: int | None, options: dict[str, Any]) -> None:
+    if changes is not None:
+        _die_after(changes)
+    begun.send(None)
+    run(source, target, **options)
+
+
+def _die_after(n: int) -> None:
+    left = n
+
+    def die() -> None:
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def mortal(real: Callable[..., object]) -> Callable[..., object]:
+        def change(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            die()
+            result = real(*args, **kwargs)
+            left -= 1
+            die()
+            return result
+
+        return change
+
+    for name in CHANGES:
+        setattr(os, name, mortal(getattr(os, name)))
