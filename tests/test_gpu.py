@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from arrowquant_gpu import ops
+from arrowquant_gpu import ops, trace
 from arrowquant_gpu.backends import get_backend, pick_device
 from arrowquant_gpu.errors import NonFiniteError
+from arrowquant_gpu.formats import pieces as pieces_module
 from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
 from .bitwise import assert_bitwise_equal
 from .cases import make
+from .test_streamed import MIXED, BytesReader, Model, run_all
 
 pytestmark = pytest.mark.gpu
 
@@ -118,3 +122,40 @@ def test_every_granularity_of_a_long_row() -> None:
     host = make("normal", (3, 70000), "float16")
     for scheme in ("int4_g64", "int4_g1000", "int4_channel", "int4_tensor", "int3_g7_asym"):
         same(ops.quantize(cupy.asarray(host), Scheme.parse(scheme)), ops.quantize(host, scheme, device="cpu"))
+
+
+@pytest.mark.parametrize("n_slots", [1, 4])
+def test_a_ring_of_slots(n_slots: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every kind of piece over real streams, and the times of those in a timeline."""
+    from arrowquant_gpu.engine.cuda import open_cuda
+
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 1 << 18)
+    big = tuple(((1000 * n, 512), dtype, "int4_g128_asym") for n, dtype in ((4, "bfloat16"), (3, "float32")))
+    model = Model((*MIXED, *big, *MIXED), n_slots, start=3)
+    device = open_cuda("cuda:0", BytesReader(model.data), model.smallest, 1 << 20, n_slots)
+    with trace.timeline(tmp_path / "t.json") as timeline:
+        run_all(device, model)
+    device.close()
+    summary = timeline.summary()
+    for stage in ("h2d", "kernel", "d2h"):
+        row = summary["tracks"][f"cuda:0 {stage}"]
+        assert -1e-3 < row["start"] <= row["end"] < summary["seconds"] + 1e-3
+        assert row["busy"] > 0.99 * row["seconds"], "work overlaps in one stream"
+
+
+def test_a_ring_that_does_not_fit_the_gpu() -> None:
+    import cupy
+
+    from arrowquant_gpu.engine.cuda import open_cuda
+
+    model = Model(MIXED, 0)
+    device = open_cuda("cuda:0", BytesReader(model.data), model.smallest, 1 << 28, 4)
+    assert device.notes == ()
+    device.close()
+    cupy.get_default_memory_pool().free_all_blocks()
+    rest = cupy.cuda.Memory(cupy.cuda.runtime.memGetInfo()[0] - (1 << 30))
+    device = open_cuda("cuda:0", BytesReader(model.data), model.smallest, 1 << 28, 4)
+    assert device.notes[0] == "cuda:0: out of memory for 4 slots of 256 MiB; going on with 2 of 256 MiB"
+    run_all(device, model)
+    device.close()
+    del rest

@@ -149,7 +149,7 @@ class StreamedDevice:
                 sizes = _enlarged(smallest, sizes.source // 2)
             n_slots = min(n_slots, max_bytes // each)
         while (cause := self._try(sizes, n_slots)) is not None:
-            had = f"{n_slots} slots of {_mib(sizes.source)}"
+            had = f"{n_slots} slot{'s' if n_slots > 1 else ''} of {_mib(sizes.source)}"
             if n_slots > 1:
                 n_slots //= 2
             elif sizes != smallest:
