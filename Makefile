@@ -72,14 +72,20 @@ soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full co
 	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "soak and not gpu" --record $(OUT)/soak.json
 	$(dev) benchmarks/sass.py --out $(OUT)
 
-bench: $(call environment,.venv-bench,bench) ## CPU speed beside memcpy and the peers, and peak memory; record in OUT
+bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers and checkpoints beside copies, parts and peers, and peak memory; record in OUT
 	$(bench_python) benchmarks/bench_cpu.py --out $(OUT)
-	$(bench_python) benchmarks/bench_memory.py --out $(OUT)
+	$(bench_python) benchmarks/bench_kernels.py --device cpu --out $(OUT)
+	$(bench_python) benchmarks/bench_arrowquant_v2.py --out $(OUT)
+	$(bench_python) benchmarks/bench_checkpoint.py --out $(OUT)
+	$(bench_python) benchmarks/bench_checkpoint.py --simulate h200 --out $(OUT)
+	$(bench_python) benchmarks/bench_checkpoint.py --memory --out $(OUT)
 
-gpu: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) ## On an NVIDIA GPU: its tests and benchmarks; record in OUT (CUDA=12 for older drivers)
+gpu: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) $(call environment,.venv,figures) ## On an NVIDIA GPU: its tests and benchmarks; record in OUT (CUDA=12 for older drivers)
 	@$(dev) -m tests.needs gpu || { echo "make gpu needs a machine with an NVIDIA GPU, its driver, and CuPy." >&2; exit 1; }
 	ARROWQUANT_REQUIRE=gpu $(dev) -m pytest -m gpu --record $(OUT)/gpu_tests.json
-	$(dev) benchmarks/bench_gpu.py --out $(OUT)
+	$(dev) benchmarks/bench_kernels.py --device cuda --out $(OUT)
+	$(dev) benchmarks/bench_arrowquant_v2.py --device cuda --out $(OUT)
+	$(dev) benchmarks/bench_checkpoint.py --device cuda --rounds 3 --without-peers --out $(OUT)
 
 sanitize: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) ## On an NVIDIA GPU: its tests under compute-sanitizer
 	@$(dev) -m tests.needs gpu || { echo "make sanitize needs a machine with an NVIDIA GPU, its driver, and CuPy." >&2; exit 1; }

@@ -53,6 +53,7 @@ from tests.record import write  # noqa: E402
 FULL_SCALING = 1.6
 # Source and output together, per byte of source; and how much of the free memory and disk they may take.
 PER_BYTE, CACHE_SHARE, DISK_SHARE = 1.35, 0.85, 0.9
+SIMULATED_LAYERS = 6
 
 
 # --- The source ------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def run(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dict
     threads = len(os.sched_getaffinity(0)) if on_cpu else SLOTS
     target = work / "parts"
     job = parts.plan(source, target, scheme)
-    source_bytes, output_bytes = job.source_bytes, job.output_bytes
+    source_bytes, output_bytes, weight_bytes = job.source_bytes, job.output_bytes, job.weight_bytes
     stored = Scheme.parse(job.plan.summary["stored_schemes"][0])
     del job
     with quantized(source, work, scheme, device) as (output, _):
@@ -187,7 +188,7 @@ def run(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dict
     alone = {
         name: {"stage": stage, "seconds": seconds, "gb_s": n_bytes / seconds / 1e9}
         for name, stage, seconds, n_bytes in (
-            ("kernels", "kernel", medians.get(f"kernel {threads}"), source_bytes),
+            ("kernels", "kernel", medians.get(f"kernel {threads}"), weight_bytes),
             ("link from pinned memory", "h2d", None if on_cpu else parts.link(source_bytes), source_bytes),
             ("read from page cache", "read", medians["read"], source_bytes),
             ("write", "write", medians[f"write {threads}"], output_bytes),
@@ -199,6 +200,7 @@ def run(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dict
         "threads": threads,
         "rounds": rounds,
         "source_bytes": source_bytes,
+        "quantized_source_bytes": weight_bytes,
         "output_bytes": output_bytes,
         "alone": alone,
         "layout_s": medians[f"layout {threads}"],
@@ -299,23 +301,44 @@ def first_layer(source: Path) -> Iterator[np.ndarray]:
 
 
 def memory(work: Path, device: str, layers: int | None) -> dict[str, Any]:
-    """Peak anonymous memory for a sparse 70B, as many layers of it as leave its output room on the disk."""
-    model = checkpoints.MODELS["llama-2-70b"]
+    """Peak anonymous memory for a sparse 70B, as many layers of it as leave its output room on the disk.
+
+    All of them to compressed-tensors; to Parquet, whose writing takes as much whatever the model, an eighth of them.
+    """
+    name = "llama-2-70b"
+    model = checkpoints.MODELS[name]
     layers = layers or checkpoints.most_layers(model, int(DISK_SHARE * shutil.disk_usage(work).free), 0.3)
-    source = checkpoints.make(work / "source", model, layers, sparse=True)
-    n_bytes = checkpoints.n_bytes(model.shapes(layers))
-    print(f"llama-2-70b, {layers} of {model.layers} layers, {n_bytes / 1e9:.1f} GB in sparse files")
     rows = []
-    for scheme, file_format, target in (
-        ("int4_g128", "compressed-tensors", "output"),
-        ("int4_g128_asym", "parquet", "output.parquet"),
+    for n, scheme, file_format, target in (
+        (layers, "int4_g128", "compressed-tensors", "output"),
+        (max(1, layers // 8), "int4_g128_asym", "parquet", "output.parquet"),
     ):
-        row = {"scheme": scheme, "format": file_format}
+        source, n_bytes = work / f"source-{n}", checkpoints.n_bytes(model.shapes(n))
+        print(f"{name}, {n} of {model.layers} layers, {n_bytes / 1e9:.1f} GB in sparse files: ", end="", flush=True)
+        checkpoints.make(source, model, n, sparse=True)
+        row = {"scheme": scheme, "format": file_format, "layers": n, "source_bytes": n_bytes}
         row |= peak(source, work, device, ["--scheme", scheme, "--format", file_format], target)
         rows.append(row)
-        print(f"{scheme:16} {file_format:20} peak anonymous {row['anonymous_mb']:6.1f} MB   ({row['seconds']:.0f} s)")
-    about = {"model": "llama-2-70b", "layers": layers, "of_layers": model.layers, "is_sparse": True}
-    return {**about, "source_bytes": n_bytes, "device": device, "runs": rows}
+        print(f"{scheme}, {file_format}: peak anonymous {row['anonymous_mb']:.1f} MB ({row['seconds']:.0f} s)")
+    return {"model": name, "of_layers": model.layers, "is_sparse": True, "device": device, "runs": rows}
+
+
+# --- A simulated GPU -------------------------------------------------------------------------------------------------
+
+
+def simulate(work: Path, model: str, layers: int, scheme: str, machine: str) -> dict[str, Any]:
+    """simulated_overlap.json."""
+    from benchmarks import simulated
+
+    source = checkpoints.make(work / "source", checkpoints.MODELS[model], layers)
+    output, results = simulated.run(source, work, scheme, machine)
+    check_bits(source, output, Scheme.parse(parts.plan(source, work / "x", scheme).plan.summary["stored_schemes"][0]))
+    speeds = ", ".join(f"{stage} {speed:g}" for stage, speed in results["speeds_gb_s"].items())
+    title = f"SIMULATED: {machine.upper()} speeds ({speeds} GB/s), all divided by {results['factor']}"
+    print(f"{title}\n  {model}, {layers} layers, {results['source_bytes'] / 1e9:.1f} GB in {results['seconds']:.2f} s")
+    for stage, busy in results["busy"].items():
+        print(f"  {stage:8} busy {busy:6.1%} of the run" + ("  (slowest)" if stage == results["slowest_stage"] else ""))
+    return {"title": f"{title}. No GPU was used.", "model": model, "layers": layers, "scheme": scheme, **results}
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -371,6 +394,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--memory", action="store_true", help="peak memory of a sparse 70B instead")
+    parser.add_argument(
+        "--simulate", choices=("h200",), help="the engine over simulated streams of such speeds instead"
+    )
     parser.add_argument("--work", type=Path, help="folder for source and output; a temporary one by default")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for results and picture")
     arguments = parser.parse_args()
@@ -378,6 +404,13 @@ def main() -> None:
         if arguments.memory:
             results = memory(Path(folder), arguments.device, arguments.layers)
             write(arguments.out / "memory.json", rounded(results))
+            return
+        if arguments.simulate:
+            layers = arguments.layers or SIMULATED_LAYERS
+            results = simulate(Path(folder), arguments.model, layers, arguments.scheme, arguments.simulate)
+            path = arguments.out / "simulated_overlap.json"
+            write(path, rounded(results))
+            pictures.draw(path, pictures.timeline)
             return
         results = dense(arguments, Path(folder))
     show(results)

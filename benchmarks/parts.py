@@ -51,6 +51,11 @@ class Job(NamedTuple):
         return int(self.plan.summary["bytes_before"])
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the source that are quantized; the rest is copied."""
+        return sum(entry.info.n_bytes for entry in self.plan.entries if entry.scheme is not None)
+
+    @property
     def output_bytes(self) -> int:
         return int(self.plan.summary["bytes_after"])
 
@@ -152,7 +157,7 @@ def source_bytes(source: Path, target: Path, scheme: str, threads: int, reader_n
     job = plan(source, target, scheme)
     reader = open_reader(reader_name, job.source)
     assert reader.slack is not None
-    most = Sizes(max(READ_BYTES, job.smallest.source), 1 << 60)
+    most = Sizes(max(READ_BYTES, job.smallest.source), 1 << 60, 1 << 60)
     take = _queue(job, threads, quantized_only=False)
     buffers = [np.zeros(most.source + reader.slack, np.uint8) for _ in range(threads)]
 

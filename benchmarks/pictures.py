@@ -94,18 +94,15 @@ def _seconds(axis: Any, results: Results) -> None:
     bars.append(("engine, warm (+ flush)", engine["warm_s"], DARK, engine["flush_s"]))
     bars.append(("engine, nothing in the page cache (+ flush)", engine["cold_s"], DARK, engine["cold_flush_s"]))
     for y, (name, seconds, color, flush) in enumerate(reversed(bars)):
-        axis.barh(y, seconds, color=color)
-        axis.barh(y, flush, left=seconds, color="none", edgecolor=DARK, hatch="///", linewidth=0.5)
-        axis.text(
-            seconds + flush, y, f" {seconds:.2f} s" + (f" + {flush:.2f}" if flush else ""), va="center", fontsize=8
-        )
-        axis.text(0, y + 0.41, f" {name}", va="bottom", fontsize=8)
-    axis.set_ylim(-0.6, len(bars) - 0.1)
+        axis.barh(y, seconds, height=0.45, color=color)
+        axis.barh(y, flush, left=seconds, height=0.45, color="none", edgecolor=DARK, hatch="///", linewidth=0.5)
+        label = f" {seconds:.2f} s" + (f" + {flush:.2f}" if flush else "")
+        axis.text(seconds + flush, y, label, va="center", fontsize=8)
+        axis.text(0, y + 0.25, f" {name}", va="bottom", fontsize=8)
+    axis.set_ylim(-0.4, len(bars) - 0.3)
     axis.set_xlim(0, 1.25 * max(seconds + flush for _, seconds, _, flush in bars))
     axis.set_yticks([])
     axis.set_xlabel("seconds, median")
-    for bar in axis.patches:
-        bar.set_height(0.5)
 
 
 def timeline(results: Results) -> Any:

@@ -11,7 +11,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "numba", "llvmlite", "pyarrow", "ml_dtypes", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "pyarrow",
+    "ml_dtypes",
+    "safetensors",
+    "xxhash",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+)
 
 
 def _git(*arguments: str) -> str:
