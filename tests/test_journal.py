@@ -321,6 +321,15 @@ def test_another_run_is_refused_and_nothing_is_touched(tmp_path: Path, words: st
     assert list(read(tmp_path)) == [t.name for t in TENSORS]
 
 
+def test_a_refused_run_cannot_remove_what_the_first_one_left(tmp_path: Path) -> None:
+    write(tmp_path)
+    output = begun(tmp_path, resume=True)
+    with nothing_changes(tmp_path):
+        with pytest.raises(TargetError):
+            Journal(output, RUN | {"scheme": "int8_g64"})
+        output.abort()
+
+
 def test_another_format_of_the_journal_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path)
     monkeypatch.setattr("arrowquant_gpu.engine.journal.FORMAT", 2)
