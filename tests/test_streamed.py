@@ -182,6 +182,8 @@ def check_result(result: Result, load: Load, x: np.ndarray, solved: dict[str, So
         packed = reference.pack(reference.encode(reference.to_float32(x), scales, zeros, scheme), scheme.bits)
         findings = reference.Findings()
     assert result.findings == findings, what
+    if findings != reference.Findings():  # then the codes are not defined
+        return
     assert_bitwise_equal(result.codes.packed, packed, f"{what}: packed")
     assert_bitwise_equal(result.codes.scales, scales, f"{what}: scales")
     assert (result.codes.zeros is None) == (zeros is None)
@@ -228,7 +230,9 @@ def random_tensors(seed: int, n: int = 12) -> list[tuple[tuple[int, ...], str, s
         shape = rng.choice([(rng.randrange(1, 40), rng.randrange(1, 200)), (rng.randrange(3), 9), (2, 9000), (1,)])
         grain = rng.choice(["group", "channel", "tensor"])
         size = rng.choice([1, 5, 16, 32, 100, 128]) if grain == "group" else None
-        bits, scales = rng.choice([2, 3, 4, 5, 6, 8]), rng.choice(["float32", "float16", "bfloat16"])
+        # The scale of some tensors would be too large for float16, and they could not be solved.
+        types = ["float32", "bfloat16"] if grain == "tensor" else ["float32", "float16", "bfloat16"]
+        bits, scales = rng.choice([2, 3, 4, 5, 6, 8]), rng.choice(types)
         scheme = Scheme(bits, grain, size, rng.random() < 0.5, scales).id
         dtype = rng.choice([*WEIGHT_DTYPES, *["bfloat16"] * 6, *["float32"] * 3])
         tensors.append((shape, dtype, None if rng.random() < 0.25 else scheme))
