@@ -160,19 +160,20 @@ class StreamedDevice:
                     f"{self.name}: out of memory for a single slot of the smallest size for this model, {device} bytes "
                     f"on the device and {host} bytes of page-locked host memory, whatever --memory-limit allows "
                     f"({cause}). Free memory there, or choose another --device."
-                )
+                ) from cause
             note = f"{self.name}: out of memory for {had}; going on with {n_slots} of {_mib(sizes.source)}"
             self.notes += (note,)
             log.warning("%s", note)
 
-    def _try(self, sizes: Sizes, n_slots: int) -> str | None:
+    def _try(self, sizes: Sizes, n_slots: int) -> DeviceMemoryError | None:
         """Make the slots. Returns why memory ran out, with all of it freed again."""
         try:
             for _ in range(n_slots):
                 self.slots += (StreamedSlot(self._streams, self.reader, sizes, self._submitting),)
         except DeviceMemoryError as e:
             self._free()
-            return str(e)
+            # Its frames would keep the memory of a slot that was half made.
+            return e.with_traceback(None)
         return None
 
     def _free(self) -> None:
