@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -55,15 +56,15 @@ def run(
         for device in devices
         for i, slot in enumerate(device.slots)
     ]
-    for thread in threads:
-        thread.start()
     try:
+        with _no_interrupt():
+            for thread in threads:
+                thread.start()
         while work.is_under_way(wants_news=progress is not None):
             work.report(progress)
         work.report(progress)
     finally:
-        work.stop()
-        _join(threads)
+        _end(work, threads)
     if work.error is not None:
         raise work.error
     return [work.tensors[e.info.name].result() for e in entries]
@@ -266,9 +267,20 @@ class _Work:
         self._reported = done.n_bytes
 
 
-def _join(threads: Sequence[threading.Thread]) -> None:
-    """Wait for all of them, also where Ctrl-C is pressed again: they stop soon, and use what is freed after this."""
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Signals wait: a thread whose start was interrupted may run, and cannot be joined."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(work: _Work, threads: Sequence[threading.Thread]) -> None:
+    """Stop all of them and wait, also where Ctrl-C is pressed again: they end soon, and use what is freed after this."""
     for thread in threads:
         while thread.is_alive():
             with contextlib.suppress(KeyboardInterrupt):
+                work.stop()
                 thread.join()
