@@ -26,7 +26,7 @@ from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.pieces import Piece
 from arrowquant_gpu.pipeline.plan import Plan, make_plan
-from arrowquant_gpu.pipeline.quantize import open_sink
+from arrowquant_gpu.pipeline.quantize import open_sink, provenance
 from arrowquant_gpu.schemes import Scheme
 
 READ_BYTES = 32 << 20  # of one read into pinned memory, as a slot of a GPU does
@@ -75,7 +75,7 @@ def laid_out(job: Job) -> Iterator[float]:
     start = time.perf_counter()
     job.output.begin()
     try:
-        job.sink.open(job.plan.entries, job.source, {})
+        job.sink.open(job.plan.entries, job.source, provenance(job.source, job.plan))
         yield time.perf_counter() - start
     finally:
         job.output.abort(keep=False)

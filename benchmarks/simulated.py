@@ -24,6 +24,7 @@ from arrowquant_gpu.engine.journal import Journal
 from arrowquant_gpu.engine.readers import open_reader
 from arrowquant_gpu.engine.ring import SLOT_BYTES, SLOTS
 from arrowquant_gpu.engine.streamed import StreamedDevice
+from arrowquant_gpu.pipeline.quantize import provenance
 from benchmarks import parts, timelines
 from tests.simulated_streams import SimulatedStreams
 
@@ -74,7 +75,7 @@ def run(source: Path, work: Path, scheme: str, machine: str) -> tuple[Path, dict
         stack.callback(device.close)
         job.output.begin()
         journal = stack.enter_context(contextlib.closing(Journal(job.output, {})))
-        job.sink.open(job.plan.entries, job.source, {})
+        job.sink.open(job.plan.entries, job.source, provenance(job.source, job.plan))
         with trace.timeline(path) as recorded:
             engine.run(job.plan.entries, job.sink, job.output, [device], journal)
     job.sink.commit()

@@ -1,0 +1,297 @@
+"""What benchmarks stand on: shapes, sums over timelines, sampled memory, parts that do what they say, bits first.
+
+None of these looks at a time that was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+
+from arrowquant_gpu import quantize_checkpoint
+from arrowquant_gpu.backends.cpu import CpuBackend
+from arrowquant_gpu.formats.output import Output
+from arrowquant_gpu.schemes import Scheme
+from benchmarks import bench_arrowquant_v2, bench_checkpoint, bench_kernels, checkpoints, parts, simulated, timelines
+from benchmarks.checkpoints import MODELS, Model
+from benchmarks.timelines import Event
+from benchmarks.watch import watch
+
+ROOT = Path(__file__).parent.parent
+TINY = Model("llama", "LlamaForCausalLM", 3, 256, 512, 2, 1, 320, shard_bytes=1 << 20)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dense checkpoint of a few shards."""
+    monkeypatch.setattr(checkpoints, "BLOCK_WEIGHTS", 1 << 16)
+    monkeypatch.setattr(os, "sync", lambda: None)
+    return checkpoints.make(tmp_path / "source", TINY, 2)
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="np") as f:
+            found |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dictionary
+    return found
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "shards"),
+    [
+        ("llama-2-7b", 6_738_415_616, 2),
+        ("mistral-7b", 7_241_732_096, 3),
+        ("qwen3-30b-a3b", 30_532_122_624, 16),
+        ("llama-2-70b", 68_976_648_192, 15),
+    ],
+)
+def test_models_have_the_size_and_shards_that_were_published(name: str, parameters: int, shards: int) -> None:
+    shapes = MODELS[name].shapes()
+    assert checkpoints.n_bytes(shapes) == 2 * parameters
+    assert len(list(checkpoints._shards(shapes, MODELS[name].shard_bytes))) == shards
+
+
+def test_every_expert_is_quantized_and_no_router(tmp_path: Path) -> None:
+    model = MODELS["qwen3-30b-a3b"]
+    source = checkpoints.make(tmp_path / "source", model, 1, sparse=True)
+    entries = parts.plan(source, tmp_path / "x", "int4_g128").plan.entries
+    quantized = {e.info.name for e in entries if e.scheme is not None}
+    assert sum(".experts." in name for name in quantized) == 3 * model.experts
+    assert sum(".self_attn." in name for name in quantized) == 4
+    assert len(quantized) == 3 * model.experts + 4
+
+
+def test_dense_weights_are_normal_and_on_the_disk(source: Path) -> None:
+    found = tensors(source)
+    assert {name: x.shape for name, x in found.items()} == TINY.shapes(2)
+    for name, x in found.items():
+        if x.ndim == 2:
+            assert abs(x.astype(np.float32).std() / 0.02 - 1) < 0.05, name
+    assert len({x.tobytes() for x in found.values()}) == len(found)
+    files = list(source.glob("*.safetensors"))
+    assert len(files) > 1
+    assert all(f.stat().st_blocks * 512 >= f.stat().st_size for f in files)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == found.keys()
+
+
+def test_sparse_weights_take_no_disk(tmp_path: Path) -> None:
+    source = checkpoints.make(tmp_path / "source", TINY, 3, sparse=True)
+    assert not any(x.any() for x in tensors(source).values())
+    assert sum(f.stat().st_blocks * 512 for f in source.iterdir()) < checkpoints.n_bytes(TINY.shapes()) / 10
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_as_many_layers_as_fit(layers: int) -> None:
+    room = checkpoints.n_bytes(TINY.shapes(layers)) * 2
+    assert checkpoints.most_layers(TINY, room, 2.0) == layers
+    assert checkpoints.most_layers(TINY, room - 1, 2.0) == max(1, layers - 1)
+
+
+# --- Timelines and memory --------------------------------------------------------------------------------------------
+
+
+def test_overlapping_ranges_are_busy_once() -> None:
+    events = [
+        Event("read", "a", "one", 0.0, 2.0, 10),
+        Event("read", "b", "two", 1.0, 2.0, 20),
+        Event("read", "c", "two", 5.0, 1.0, 30),
+        Event("write", "a", "one", 9.0, 1.0, 5),
+    ]
+    read = timelines.stages(events)["read"]
+    assert read == {"bytes": 60, "seconds": 5.0, "busy": 0.4, "at_once": 0.5}
+    assert timelines.stages(events)["write"]["busy"] == 0.1
+    assert [e["start"] for e in timelines.excerpt(events, 4.0)] == [5.0]
+
+
+def test_a_timeline_is_read_without_planning_and_flush(source: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "timeline.json"
+    quantize_checkpoint(source, tmp_path / "output", "int4_g128", device="cpu", timeline=trace)
+    stages = timelines.stages(timelines.load(trace))
+    assert stages.keys() == {"read", "kernel", "write"}
+    job = parts.plan(source, tmp_path / "x", "int4_g128")
+    assert stages["read"]["bytes"] == job.source_bytes
+    assert stages["kernel"]["bytes"] == job.weight_bytes
+    assert "flush" not in {e.name for e in timelines.load(trace)}
+
+
+def test_peak_memory_of_a_process_is_seen() -> None:
+    code = "import time; x = bytearray(b'x') * (80 << 20); time.sleep(0.2); del x; time.sleep(0.1)"
+    device = iter([5, 30, 20])
+    found = watch([sys.executable, "-c", code], lambda: next(device, 5))
+    assert 80 << 20 < found.anonymous < 160 << 20
+    assert found.device == 25
+    with pytest.raises(SystemExit, match="ended with 3"):
+        watch([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+# --- Parts and bits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_touch_every_byte_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    written: list[tuple[str, int, int]] = []
+    quantized: list[int] = []
+    write, quantize = Output.write, CpuBackend.quantize
+
+    def noted_write(self: Output, name: str, offset: int, data: np.ndarray) -> None:
+        if offset:  # the header is laid out, not written as a piece
+            written.append((name, offset, data.nbytes))
+        write(self, name, offset, data)
+
+    def noted_quantize(self: CpuBackend, x: np.ndarray, *rest: Any) -> Any:
+        quantized.append(x.nbytes)
+        return quantize(self, x, *rest)
+
+    monkeypatch.setattr(Output, "write", noted_write)
+    monkeypatch.setattr(CpuBackend, "quantize", noted_quantize)
+    arguments = source, tmp_path / "parts", "int4_g128", threads
+    parts.output(*arguments)
+    alone, written[:] = sorted(written), []
+    parts.kernels(*arguments)
+    parts.source_bytes(*arguments)
+    assert not list(tmp_path.glob("*parts*"))
+    assert sum(quantized) == parts.plan(source, tmp_path / "x", "int4_g128").weight_bytes
+    quantize_checkpoint(source, tmp_path / "output", "int4_g128", device="cpu")
+    assert alone == sorted(written)
+
+
+def test_a_part_that_fails_says_so(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuBackend, "quantize", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        parts.kernels(source, tmp_path / "parts", "int4_g128", 2)
+
+
+def test_a_wrong_code_in_a_checkpoint_is_noticed(source: Path, tmp_path: Path) -> None:
+    output, scheme = tmp_path / "output", Scheme.parse("int4_g128_bf16")
+    quantize_checkpoint(source, output, "int4_g128", device="cpu")
+    bench_checkpoint.check_bits(source, output, scheme, n=99)
+    for file in output.glob("*.safetensors"):
+        with file.open("r+b") as f:
+            begin = 8 + int.from_bytes(f.read(8), "little")
+            size = f.seek(0, os.SEEK_END)
+            for at in range(begin, size, 512):
+                f.seek(at)
+                byte = f.read(1)[0]
+                f.seek(at)
+                f.write(bytes([byte ^ 1]))
+    with pytest.raises(AssertionError):
+        bench_checkpoint.check_bits(source, output, scheme, n=99)
+
+
+@pytest.mark.parametrize("path", bench_arrowquant_v2.PATHS)
+def test_a_wrong_code_on_a_path_is_noticed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_arrowquant_v2, "SHAPE", (8, 256))
+    bench_arrowquant_v2.check_bits(path, "int4_g128_asym", "cpu")
+    monkeypatch.setattr(bench_arrowquant_v2.reference, "quantize", wrong(bench_arrowquant_v2.reference.quantize))
+    with pytest.raises(AssertionError):
+        bench_arrowquant_v2.check_bits(path, "int4_g128_asym", "cpu")
+
+
+def test_a_wrong_code_of_a_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CpuBackend(1)
+    schemes = [Scheme.parse(s) for s in ("int4_g128", "int3_channel_asym", "int8_tensor", "int2_tensor_asym")]
+    for scheme in schemes:
+        bench_kernels.check_bits(backend, scheme, "bfloat16")
+    monkeypatch.setattr(bench_kernels.reference, "quantize", wrong(bench_kernels.reference.quantize))
+    for scheme in schemes:
+        with pytest.raises(AssertionError):
+            bench_kernels.check_bits(backend, scheme, "bfloat16")
+
+
+def wrong(quantize: Any) -> Any:
+    """The reference, with one bit of the codes turned."""
+
+    def changed(*arguments: Any) -> Any:
+        packed, *rest = quantize(*arguments)
+        packed[-1, 0] ^= 1
+        return (packed, *rest)
+
+    return changed
+
+
+# --- Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_all_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench_kernels, "make_weights", lambda dtype: [np.ones((64, 1024), dtype)] * 2)
+    monkeypatch.setattr(bench_kernels, "check_bits", lambda *_: None)
+    results = bench_kernels.run(bench_kernels.Cpu(1), ("float32",), 1)
+    names = [row["scheme"] for row in results["kernels"]]
+    assert len(set(names)) == len(names) == 6 * (5 * 2 + 2 * 2)
+    assert {Scheme.parse(name).id for name in names} == set(names)
+    assert all(row["gb_s"] > 0 for row in results["kernels"])
+    assert capsys.readouterr().out.count("of the copy") == len(names)
+
+
+def test_a_checkpoint_is_measured(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = bench_checkpoint.run(source, tmp_path, "int4_g128", "cpu", 1)
+    results["engine"] |= bench_checkpoint.cold(source, tmp_path, "int4_g128", "cpu", 1)
+    results["safetensors_load_s"], results["peak"] = bench_checkpoint.load_all(source), {"anonymous_mb": 1.0}
+    assert results["alone"].keys() == {"kernels", "read from page cache", "write"}
+    assert results["source_bytes"] == checkpoints.n_bytes(TINY.shapes(2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "timeline.json"]
+    bench_checkpoint.show(results)
+    assert "engine, warm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("scales", "seconds"), [(1.9, 3.0), (1.5, 5.0)])
+def test_what_the_engine_is_compared_with(scales: float, seconds: float) -> None:
+    """The larger part where two threads scale, else the sum."""
+    medians = {"kernel 1": 2 * scales, "kernel 2": 2.0, "write 1": 3 * 1.9, "write 2": 3.0, "engine": 4.5}
+    found = bench_checkpoint.compared_on_cpu(medians, {"kernels": {"seconds": 2.0}, "write": {"seconds": 3.0}})
+    assert found["bar"]["seconds"] == seconds
+    assert found["ratio"] == 4.5 / seconds
+
+
+def test_a_simulated_run_gives_the_right_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated, "FACTOR", 5)
+    monkeypatch.setattr(simulated, "SLOT_BYTES", 1 << 20)
+    monkeypatch.setattr(simulated, "SLOTS", 4)
+    output, results = simulated.run(source, tmp_path, "int4_g128", "h200")
+    bench_checkpoint.check_bits(source, output, Scheme.parse("int4_g128_bf16"))
+    assert results["is_simulated"]
+    assert results["busy"].keys() == {"read", "h2d", "kernel", "d2h", "write"}
+    assert results["slowest_stage"] == "read"
+    quantize_checkpoint(source, tmp_path / "cpu", "int4_g128", device="cpu")
+    for file in output.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "cpu" / file.name).read_bytes()
+
+
+def test_a_page_cache_in_simulation_is_as_fast_as_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own clock: turns follow each other, however many threads ask."""
+    turns: list[tuple[float, float]] = []
+    monkeypatch.setattr(simulated.trace, "record", lambda kind, name, start, end, n, track: turns.append((start, end)))
+
+    class Nothing:
+        name, slack, notes = "nothing", 0, ()
+
+        def read(self, load: Any, buffer: Any) -> np.ndarray:
+            return np.empty(0, np.uint8)
+
+    reader = simulated.PacedReader(Nothing(), 1e9)  # type: ignore[arg-type]
+    load = parts.Load(source / "x", 0, 1_000_000, ())
+    parts.seconds(4, lambda _: reader.read(load, None))
+    turns.sort()
+    assert all(abs(end - start - 1e-3) < 1e-9 for start, end in turns)
+    assert all(turns[i + 1][0] >= turns[i][1] for i in range(3))
+
+
+def test_make_runs_scripts_that_exist() -> None:
+    scripts = set(re.findall(r"benchmarks/\w+\.py", (ROOT / "Makefile").read_text()))
+    assert len(scripts) == 5
+    assert all((ROOT / script).exists() for script in scripts)
