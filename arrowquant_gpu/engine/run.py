@@ -278,7 +278,7 @@ def _no_interrupt() -> Iterator[None]:
 
 
 def _end(work: _Work, threads: Sequence[threading.Thread]) -> None:
-    """Stop all of them and wait, also where Ctrl-C is pressed again: they end soon, and use what is freed after this."""
+    """Stop and join them, also where Ctrl-C is pressed again: they end soon, and use what is freed after this."""
     for thread in threads:
         while thread.is_alive():
             with contextlib.suppress(KeyboardInterrupt):
