@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 STAGES: tuple[Stage, ...] = ("h2d", "kernel", "d2h")
 
+# So many slots keep every stage busy. Where memory is limited, smaller slots are better than fewer.
+ENOUGH = 4
 # Weights converted to float32 at a time: their float32 form is still in the cache when it is copied.
 CONVERTED = 1 << 16
 
@@ -140,13 +142,14 @@ class StreamedDevice:
     def _make(self, smallest: Sizes, slot_bytes: int, n_slots: int, max_bytes: int | None) -> None:
         sizes = _enlarged(smallest, slot_bytes)
         if max_bytes is not None:
-            while max_bytes < (each := sum(_Layout(sizes, self.reader).totals)):
-                if sizes == smallest:
-                    raise InputError(
-                        f"{self.name}: the memory limit leaves {max_bytes} bytes, and the smallest slot for this model "
-                        f"takes {each}, of host and device memory together. Raise --memory-limit."
-                    )
+            while sizes != smallest and max_bytes < min(ENOUGH, n_slots) * _Layout(sizes, self.reader).total:
                 sizes = _enlarged(smallest, sizes.source // 2)
+            each = _Layout(sizes, self.reader).total
+            if max_bytes < each:
+                raise InputError(
+                    f"{self.name}: the memory limit leaves {max_bytes} bytes, and the smallest slot for this model "
+                    f"takes {each}, of host and device memory together. Raise --memory-limit."
+                )
             n_slots = min(n_slots, max_bytes // each)
         while (cause := self._try(sizes, n_slots)) is not None:
             had = f"{n_slots} slot{'s' if n_slots > 1 else ''} of {_mib(sizes.source)}"
@@ -155,11 +158,11 @@ class StreamedDevice:
             elif sizes != smallest:
                 sizes = _enlarged(smallest, sizes.source // 2)
             else:
-                host, device = _Layout(sizes, self.reader).totals
+                layout = _Layout(sizes, self.reader)
                 raise DeviceMemoryError(
-                    f"{self.name}: out of memory for a single slot of the smallest size for this model, {device} bytes "
-                    f"on the device and {host} bytes of page-locked host memory, whatever --memory-limit allows "
-                    f"({cause}). Free memory there, or choose another --device."
+                    f"{self.name}: out of memory for a single slot of the smallest size for this model, "
+                    f"{layout.device} bytes on the device and {layout.host} bytes of page-locked host memory, whatever "
+                    f"--memory-limit is ({cause}). Free memory there, or choose another --device."
                 ) from cause
             note = f"{self.name}: out of memory for {had}; going on with {n_slots} of {_mib(sizes.source)}"
             self.notes += (note,)
@@ -189,8 +192,7 @@ class StreamedSlot:
         self.sizes = sizes
         self._streams, self._reader, self._submitting = streams, reader, submitting
         layout = _Layout(sizes, reader)
-        n_host, n_device = layout.totals
-        host, device = streams.pinned(n_host), streams.allocate(n_device)
+        host, device = streams.pinned(layout.host), streams.allocate(layout.device)
         self._source = None if reader.slack is None else host[: layout.source]
         self._converted = host[layout.source : layout.source + layout.converted]
         self._results = host[layout.source + layout.converted :]
@@ -343,9 +345,16 @@ class _Layout:
         self.input = up(sizes.source) + self.converted + max(SEAMS, up(getattr(reader, "device_slack", 0)))
 
     @property
-    def totals(self) -> tuple[int, int]:
-        """Bytes of host and of device memory."""
-        return self.source + self.converted + self.results, self.input + self.results
+    def host(self) -> int:
+        return self.source + self.converted + self.results
+
+    @property
+    def device(self) -> int:
+        return self.input + self.results
+
+    @property
+    def total(self) -> int:
+        return self.host + self.device
 
 
 def _give(codes: Codes, solved: Solved) -> None:

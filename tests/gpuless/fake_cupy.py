@@ -193,6 +193,8 @@ class StreamHandle:
         self._host, self.queue, self.ptr = host, queue, queue.ptr
 
     def __enter__(self) -> StreamHandle:
+        if self.queue.device is not self._host.gpu:
+            raise RuntimeError("The device that the stream is created on does not match with the current device")
         self._host.current.streams.append(self.queue)
         return self
 
