@@ -6,36 +6,62 @@ Runs that are killed are forked from a server that has imported everything, so t
 from __future__ import annotations
 
 import contextlib
-import functools
+import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from arrowquant_gpu.engine.journal import Journal
+from arrowquant_gpu.engine.journal import Finished, Journal
 from arrowquant_gpu.formats import pieces
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.pipeline import Manifest, quantize, quantize_checkpoint
 
 PIECE_BYTES = 8192
+# How long a write takes, in seconds.
+Pause = Callable[[], float]
+
+
+class PromptJournal(Journal):
+    """Notes every tensor before the run goes on, however slow the disk is."""
+
+    def __init__(self, output: Output, fingerprint: Mapping[str, str]) -> None:
+        super().__init__(output, fingerprint, interval=0)
+
+    def add(self, finished: Finished, files: Iterable[str]) -> None:
+        super().add(finished, files)
+        text = json.dumps(finished.name).encode()
+        while self._thread.is_alive() and text not in self._output.journal.read_bytes():
+            time.sleep(0.001)
+
+
+def at_once() -> float:
+    return 0.0
+
+
+def slow() -> float:
+    """So that there is time for a signal."""
+    return 0.003
+
+
 # What of a commit changes names on the disk: a run can be killed before and after each.
 CHANGES = ("link", "unlink", "rename", "replace", "rmdir")
 
 
 @contextlib.contextmanager
-def small_pieces(write_seconds: float = 0.0) -> Iterator[None]:
-    """In this process: small pieces, a journal without an interval, and so long a pause in every write."""
+def small_pieces(pause: Pause = at_once) -> Iterator[None]:
+    """In this process: small pieces, a prompt journal, and a pause in every write."""
     old = pieces.PIECE_BYTES, quantize.Journal, Output.write  # type: ignore[attr-defined]
 
     def write(self: Output, name: str, offset: int, data: Any) -> None:
         old[2](self, name, offset, data)
-        time.sleep(write_seconds)
+        time.sleep(pause())
 
-    pieces.PIECE_BYTES, quantize.Journal = PIECE_BYTES, functools.partial(Journal, interval=0)  # type: ignore
+    pieces.PIECE_BYTES, quantize.Journal = PIECE_BYTES, PromptJournal  # type: ignore
     Output.write = write  # type: ignore[method-assign]
     try:
         yield
@@ -43,10 +69,10 @@ def small_pieces(write_seconds: float = 0.0) -> Iterator[None]:
         pieces.PIECE_BYTES, quantize.Journal, Output.write = old  # type: ignore
 
 
-def run(source: Path, target: Path, *, write_seconds: float = 0.0, **options: Any) -> Manifest:
+def run(source: Path, target: Path, *, pause: Pause = at_once, **options: Any) -> Manifest:
     """A run to its end, or until `progress` raises."""
     options = {"scheme": "int4_g64", "device": "reference", **options}
-    with small_pieces(write_seconds):
+    with small_pieces(pause):
         return quantize_checkpoint(source, target, **options)  # type: ignore[no-any-return]
 
 
@@ -67,14 +93,20 @@ def n_noted(target: Path) -> int:
         return 0
 
 
-def stop_after(target: Path, n: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[..., None]:
-    """A progress callback that ends the run as soon as so many tensors are noted as finished."""
+def run_until(source: Path, target: Path, n: int, error: BaseException, **options: Any) -> None:
+    """A run that raises from its progress callback as soon as n tensors are noted as finished.
+
+    It has time enough for that: it writes slowly, and very slowly once they are.
+    """
+
+    def pause() -> float:
+        return 0.02 if n_noted(target) >= n else 0.001
 
     def progress(done: int, total: int, name: str) -> None:
         if n_noted(target) >= n:
-            raise error("stop")
+            raise error
 
-    return progress
+    run(source, target, pause=pause, progress=progress, **options)
 
 
 # Killed runs.

@@ -22,14 +22,12 @@ from arrowquant_gpu.formats.pieces import Piece
 from arrowquant_gpu.formats.row_sink import RowSink
 
 from .fixtures import tiny_llama
-from .resumed_runs import PIECE_BYTES, killed, leftover, n_noted, run, stop_after
+from .resumed_runs import PIECE_BYTES, killed, leftover, n_noted, run, run_until, slow
 from .snapshots import differences, nothing_changes, snapshot
 
 ROOT = Path(__file__).parent.parent
 FORMATS = ("compressed-tensors", "parquet", "arrow")
 N_TENSORS = 21
-# So that a run takes about half a second.
-SLOW = 0.002
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 def interrupted(source: Path, target: Path, n: int = 5, **options: Any) -> Path:
     """What a run leaves that is interrupted when n tensors are noted as finished."""
     with pytest.raises(KeyboardInterrupt) as caught:
-        run(source, target, write_seconds=SLOW, progress=stop_after(target, n), **options)
+        run_until(source, target, n, KeyboardInterrupt(), **options)
     (note,) = caught.value.__notes__
     noted = n_noted(target)
     assert n <= noted < N_TENSORS
@@ -61,7 +59,7 @@ def interrupted(source: Path, target: Path, n: int = 5, **options: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("n", [1, 6, 15])
+@pytest.mark.parametrize("n", [1, 12])
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_interrupted_run_is_continued(
     source: Path, tmp_path: Path, whole: dict[str, dict[str, bytes | str]], name: str, n: int
@@ -73,7 +71,7 @@ def test_an_interrupted_run_is_continued(
     assert differences(snapshot(tmp_path), whole[name]) == []
 
 
-@pytest.mark.parametrize("scheme", ["int8_tensor_asym", "int3_g64_asym"])
+@pytest.mark.parametrize("scheme", ["int8_tensor_asym", "int3_g64"])
 def test_error_figures_are_those_of_one_run(source: Path, tmp_path: Path, scheme: str) -> None:
     options = {"format": "parquet", "scheme": scheme, "validate": True}
     (tmp_path / "whole").mkdir()
@@ -187,12 +185,7 @@ def test_resume_keeps_to_the_rules_of_overwriting(
 
 def test_weights_at_fault_leave_nothing(source: Path, tmp_path: Path) -> None:
     with nothing_changes(tmp_path), pytest.raises(NonFiniteError):
-        run(
-            source,
-            tmp_path / "out",
-            write_seconds=SLOW,
-            progress=stop_after(tmp_path / "out", 3, lambda *_: NonFiniteError("w", 1, 0, 0, (1,))),  # type: ignore
-        )
+        run_until(source, tmp_path / "out", 3, NonFiniteError("w", 1, 0, 0, (1,)))
 
 
 # Killed with SIGKILL, at any moment, again and again.
@@ -203,7 +196,7 @@ def kill_and_resume(source: Path, target: Path, rng: random.Random, seconds: flo
     n_kills = 0
     for _ in range(rng.randint(1, 4)):
         moment = rng.uniform(0, seconds)
-        n_kills += killed(source, target, seconds=moment, write_seconds=SLOW, resume=True, **options)
+        n_kills += killed(source, target, seconds=moment, pause=slow, resume=True, **options)
         if target.exists():
             return n_kills, 0
     return n_kills, run(source, target, resume=True, **options).run.resumed
@@ -220,7 +213,7 @@ def test_kill_9_at_random_moments(
     seconds = {}
     for name in FORMATS:
         start = time.perf_counter()
-        assert not killed(source, tmp_path / name, format=name, write_seconds=SLOW)
+        assert not killed(source, tmp_path / name, format=name, pause=slow)
         seconds[name] = time.perf_counter() - start
     rng, n_kills, resumed, n_chains = random.Random(n), 0, [], 0
     while n_kills < n:
@@ -288,7 +281,7 @@ def test_the_command_line(
 ) -> None:
     target = tmp_path / "out"
     arguments = ["quantize", str(source), str(target), "--scheme", "int4_g64", "--device", "reference"]
-    with subprocess.Popen(cli(SLOW, *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(cli("lambda: 0.03", *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         for _ in range(6000):
             if n_noted(target) >= 3 or process.poll() is not None:
                 break
@@ -302,11 +295,13 @@ def test_the_command_line(
         words = f"interrupted; {n} of {N_TENSORS} tensors are finished: run the same command with --resume to continue."
         assert errors == f"arrowquant: {words}\n"
     with nothing_changes(tmp_path):
-        refused = subprocess.run(cli(0, *arguments[:4], "int8_g64", *arguments[5:], "--resume"), cwd=ROOT, **CAPTURED)
+        refused = subprocess.run(
+            cli("at_once", *arguments[:4], "int8_g64", *arguments[5:], "--resume"), cwd=ROOT, **CAPTURED
+        )
         assert refused.returncode == TargetError.exit_code
         assert "scheme was int4_g64_bf16 and is int8_g64_bf16" in refused.stderr
         assert "run the same command" not in refused.stderr
-    done = subprocess.run(cli(0, *arguments, "--resume"), cwd=ROOT, **CAPTURED)
+    done = subprocess.run(cli("at_once", *arguments, "--resume"), cwd=ROOT, **CAPTURED)
     assert done.returncode == 0, done.stderr
     assert f"{n} tensors had been finished before" in done.stdout + done.stderr
     assert differences(snapshot(tmp_path), whole["compressed-tensors"]) == []
@@ -315,14 +310,14 @@ def test_the_command_line(
 CAPTURED: Any = {"capture_output": True, "text": True, "check": False}
 
 
-def cli(write_seconds: float, *arguments: str) -> list[str]:
+def cli(pause: str, *arguments: str) -> list[str]:
     """The program, with the small pieces and the journal of resumed_runs.py."""
     code = f"""
         import sys
-        from tests.resumed_runs import small_pieces
+        from tests.resumed_runs import at_once, small_pieces
         from arrowquant_gpu.cli import main
         sys.argv = ["arrowquant", *{list(arguments)!r}]
-        with small_pieces({write_seconds}):
+        with small_pieces({pause}):
             main()
     """
     return [sys.executable, "-c", textwrap.dedent(code)]
