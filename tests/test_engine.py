@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from arrowquant_gpu.engine.readers import open_reader
 
 from arrowquant_gpu import reference
 from arrowquant_gpu.backends import get_backend
@@ -28,6 +27,7 @@ from arrowquant_gpu.engine.figures import Figures
 from arrowquant_gpu.engine.host import HostDevice
 from arrowquant_gpu.engine.journal import Finished, Journal
 from arrowquant_gpu.engine.loads import sizes
+from arrowquant_gpu.engine.readers import open_reader
 from arrowquant_gpu.errors import FormatError, InputError, ScaleOverflowError
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
