@@ -43,6 +43,7 @@ from tests.record import write  # noqa: E402
 
 GRAINS = (("group", 32), ("group", 64), ("group", 128), ("channel", None), ("tensor", None))
 FLUSH_BYTES = 256 << 20  # larger than any L2
+HOST_BYTES = 1 << 30
 
 
 def schemes() -> Iterator[Scheme]:
@@ -179,10 +180,11 @@ class Gpu:
     def weights(self, dtype: str) -> list[Any]:
         """One tensor larger than any L2, made of one block of normals many times over."""
         kind = DTYPES[dtype].numpy
-        block = (np.random.default_rng(1).standard_normal((1024, self.shape[1]), np.float32) * 0.02).astype(kind)
+        rows = min(1024, self.shape[0])
+        block = (np.random.default_rng(1).standard_normal((rows, self.shape[1]), np.float32) * 0.02).astype(kind)
         x = self.backend.empty(self.shape, kind)
-        for row in range(0, self.shape[0], len(block)):
-            x[row : row + len(block)].set(block)
+        for row in range(0, self.shape[0], rows):
+            x[row : row + rows].set(block)
         return [x]
 
     def seconds(self, call: Callable[[int], Any], i: int) -> float:
@@ -206,8 +208,8 @@ class Gpu:
         return run
 
     def about(self) -> dict[str, Any]:
-        """GB/s of `put` and `get` of 1 GiB between ordinary host memory and the device."""
-        host = np.ones(1 << 30, np.uint8)
+        """GB/s of `put` and `get` between ordinary host memory and the device."""
+        host = np.ones(HOST_BYTES, np.uint8)
         device = self.backend.put(host)
 
         def rate(call: Callable[[], Any]) -> float:

@@ -291,6 +291,66 @@ def test_a_page_cache_in_simulation_is_as_fast_as_told(source: Path, monkeypatch
     assert all(turns[i + 1][0] >= turns[i][1] for i in range(3))
 
 
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels in the shim, behind a stand-in for CuPy that the benchmarks take for a GPU."""
+    from .gpuless import fake_cupy
+    from .gpuless.loaders import ShimLoader
+    from .gpuless.stand_in import backend_over
+
+    def copy(self: Any, source: Any, n_bytes: int) -> None:
+        fake_cupy.DeviceArray((n_bytes,), np.uint8, self)[:] = fake_cupy.DeviceArray((n_bytes,), np.uint8, source)
+
+    monkeypatch.setattr(fake_cupy.MemoryPointer, "copy_from_device_async", copy, raising=False)
+    (tmp_path / "cubins").mkdir()
+    backend_over(ShimLoader(), monkeypatch, tmp_path / "cubins")
+
+
+@pytest.mark.compiler
+@pytest.mark.usefixtures("stand_in")
+def test_the_benchmark_of_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [Scheme.parse(s) for s in ("int4_g128", "int4_tensor_asym")]
+    monkeypatch.setattr(bench_kernels, "schemes", lambda: chosen)
+    monkeypatch.setattr(bench_kernels, "BITS", (4,))
+    monkeypatch.setattr(bench_kernels, "FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(bench_kernels, "HOST_BYTES", 1 << 12)
+    monkeypatch.setattr(bench_kernels.Gpu, "shape", (16, 256))
+    launches = []
+    place = bench_kernels.Gpu()
+    seconds = place.seconds
+    monkeypatch.setattr(place, "seconds", lambda *a: (seconds(*a), launches.append(len(place.spans)))[0])
+    results = bench_kernels.run(place, ("bfloat16",), 1)
+    assert [row["scheme"] for row in results["kernels"]] == [s.id for s in chosen]
+    assert launches == [1, 1, 2] * 2  # the copy, one kernel, and the two of granularity tensor
+    assert results["host"].keys() == {"put_gb_s", "get_gb_s"}
+
+
+@pytest.mark.compiler
+@pytest.mark.usefixtures("stand_in")
+def test_the_benchmark_of_layers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kernels, "FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(bench_arrowquant_v2, "SHAPE", (16, 256))
+    layers = bench_arrowquant_v2.make_layers(2)
+    for path in bench_arrowquant_v2.PATHS:
+        bench_arrowquant_v2.check_bits(path, "int4_g128_asym", "cuda")
+        times = bench_arrowquant_v2.seconds(bench_kernels.Gpu(), path, layers, "int4_g128_asym", "cuda", 1)
+        assert min(times) > 0
+
+
+@pytest.mark.compiler
+@pytest.mark.usefixtures("stand_in")
+def test_the_benchmark_of_a_checkpoint_on_a_gpu(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from arrowquant_gpu.engine import ring
+
+    monkeypatch.setattr(parts, "READ_BYTES", 1 << 18)
+    for module, name, value in ((ring, "SLOTS", 2), (ring, "SLOT_BYTES", 1 << 18), (bench_checkpoint, "SLOTS", 2)):
+        monkeypatch.setattr(module, name, value)
+    results = bench_checkpoint.run(source, tmp_path, "int4_g128", "cuda", 1)
+    assert results["alone"].keys() == {"link from pinned memory", "read from page cache", "write"}
+    assert results["stages"].keys() == {"read", "h2d", "kernel", "d2h", "write"}
+    assert results["bar"]["seconds"] == max(row["seconds"] for row in results["alone"].values())
+
+
 def test_make_runs_scripts_that_exist() -> None:
     scripts = set(re.findall(r"benchmarks/\w+\.py", (ROOT / "Makefile").read_text()))
     assert len(scripts) == 5
