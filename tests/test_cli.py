@@ -195,6 +195,7 @@ ERRORS = [
     (2, "quantize WEIGHTS OUT --group-size many", "many"),
     (3, "quantize WEIGHTS OUT --device cpu --memory-limit much", "much"),
     (3, "quantize WEIGHTS OUT --device cpu --read tape", "tape"),
+    (3, "quantize WEIGHTS OUT --device cpu --read gds", "GPU memory"),
     (4, "quantize WEIGHTS OUT --device cpu,cpu", "different"),
     (4, "quantize WEIGHTS OUT --device all", "every GPU"),
     (3, "quantize NAN OUT --device cpu", "fc.weight"),

@@ -40,8 +40,14 @@ def open_devices(
     read: how the source is read, see readers.py; "auto" maps it for a host device and reads into the pinned slots else
     memory_limit: bytes of anonymous host memory and device memory together, the process as it is now included
 
-    Raises InputError where the limit is too small, saying what is needed, and DeviceError.
+    Raises InputError where the limit is too small, saying what is needed, and where gds is asked for without a GPU or
+    together with validation, and DeviceError.
     """
+    if read == "gds" and (validate or not all(name.startswith("cuda") for name in names)):
+        raise InputError(
+            "reader gds brings weights straight into GPU memory: it needs devices that are GPUs, and nothing to validate "
+            "on the host. Choose another --read, or --read auto."
+        )
     smallest = Sizes(*(max(column, default=0) for column in zip(*map(sizes, pieces), strict=True)))
     hosts = {name: get_backend(name, threads) for name in names if not name.startswith("cuda")}
     room = None if memory_limit is None else max(0, memory_limit - anonymous_bytes() - RESERVE) // len(names)
