@@ -69,7 +69,9 @@ def open_devices(
             else:
                 from .cuda import open_cuda
 
-                device = open_cuda(name, reader, smallest, SLOT_BYTES, SLOTS, room)
+                # Locking memory takes time: no more slots than there are loads.
+                n_loads = -(-sum(piece.n_bytes for piece in pieces) // SLOT_BYTES)
+                device = open_cuda(name, reader, smallest, SLOT_BYTES, max(1, min(SLOTS, n_loads)), room)
             stack.callback(device.close)
             devices.append(device)
         yield devices
