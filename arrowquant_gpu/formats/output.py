@@ -209,7 +209,11 @@ class Output:
                 names.sort(key=lambda name: name != self.target.name)
                 self._place_files(temp, names)
             self._release()
-            _sync(self.target.parent)
+            try:
+                _sync(self.target.parent)
+            except OSError as e:
+                text = f"{self.target} is complete, but its name may not survive a power cut: {e}. Run sync(1)."
+                raise TargetError(text) from e
         return tuple(base / name for name in names)
 
     def abort(self, *, keep: bool = False) -> int:
@@ -305,19 +309,20 @@ class Output:
     def _place_files(self, temp: Path, names: list[str]) -> None:
         """The target last: where it exists, all that belongs to it does."""
         parent = self.target.parent
-        for name in names[1:]:
-            (temp / name).replace(parent / name)
         self._drop_journal()
-        if self.overwrite:
-            (temp / names[0]).replace(self.target)
-        else:
-            try:
+        try:
+            for name in names[1:]:
+                (temp / name).replace(parent / name)
+            if self.overwrite:
+                (temp / names[0]).replace(self.target)
+            else:
                 # rename() would replace a file that appeared meanwhile; link() refuses.
                 os.link(temp / names[0], self.target)
-            except OSError:
+        except BaseException as e:
+            if isinstance(e, FileExistsError) or not self.target.exists():
                 for name in names[1:]:
-                    (parent / name).unlink()
-                raise
+                    (parent / name).unlink(missing_ok=True)
+            raise
         shutil.rmtree(temp, ignore_errors=True)
 
 
