@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -142,12 +143,17 @@ class Faults:
             return min(n_bytes, -(-self._random.randrange(1, n_bytes) // unit) * unit)
 
 
+# All that were made and are still referred to.
+MADE: weakref.WeakSet[SimulatedStreams] = weakref.WeakSet()
+
+
 class FaultyStreams(SimulatedStreams):
     """SimulatedStreams whose calls are counted over all devices of a run."""
 
     def __init__(self, name: str, seed: int, delay: float, faults: Faults) -> None:
         self.faults = faults
         super().__init__(name, seed, delay=delay)
+        MADE.add(self)
 
     def _call(self, kind: str) -> None:
         self._is_lost |= self.faults.at("lost")

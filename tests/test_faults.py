@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import random
 import shutil
+import sys
 import threading
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from arrowquant_gpu.errors import DeviceMemoryError
 from arrowquant_gpu.formats.leftovers import JOURNAL
 from arrowquant_gpu.formats.lines import read_lines
 
-from .faults import KINDS, SURVIVED, Faults, Machine, Model, causes, watchdog
+from .faults import KINDS, MADE, SURVIVED, Faults, Hang, Machine, Model, causes, watchdog
 from .simulated_streams import SimulatedStreams
 from .snapshots import differences, snapshot
 
@@ -91,7 +94,7 @@ def carry_out(model: Model, target: Path, faults: Faults, machine: Machine, **op
     except (Exception, KeyboardInterrupt) as e:
         left = [t.name for t in threading.enumerate() if t not in threads]
         assert not left, f"threads that were not joined: {left}"
-        for part in causes(e):
+        for part in (*causes(e), *faults.raised):
             part.__traceback__ = part.__context__ = None
         return Outcome(e)
     return Outcome(None, result.run.notes, result.run.resumed)
@@ -101,6 +104,8 @@ def check_error(error: BaseException, faults: Faults) -> None:
     """It is one of those that were injected, or a typed one that an injected one is the cause of."""
     types = tuple(KINDS[kind].error for kind in faults.reached)
     assert isinstance(error, types), f"{error!r} after {faults.reached}"
+    if isinstance(error, DeviceMemoryError):
+        assert "a single slot" in str(error), f"smaller slots were not tried: {error!r}"
     if "short read" in faults.reached and "became shorter while it was read" in str(error):
         return
     if "lost" in faults.reached and "the device is lost" in str(error):
@@ -186,7 +191,8 @@ def run_case(case: Case, model: Model, folder: Path, held: Held, patience: float
                 assert not (is_left and source != model.source and type(error) is KINDS["nan"].error)
                 counts["outputs kept"] += is_left
         del outcome, error
-        assert held() == before
+        after = held()
+        assert after == before, f"held before: {before}, after: {after}"
         assert sum(s.live("pinned") + s.live("allocate") for s in streams) == 0, "memory of a device is not freed"
         if is_done:
             break
@@ -258,3 +264,161 @@ def test_many_faults(tmp_path: Path, held: Held, record_property: Callable[[str,
     assert [kind for kind in KINDS if not counts[f"{kind}: raised"]] == []
     assert [kind for kind in sorted(SURVIVED) if not counts[f"{kind}: survived"]] == []
     assert counts["tensors not done again"] > SOAK / 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks can fail: faults planted in the package, each found by a case that asks for it.
+
+
+class Planted(NamedTuple):
+    """`old` is replaced by `new` in a module of the package; one of the cases then fails with this message."""
+
+    module: str
+    old: str
+    new: str
+    planned: dict[str, int]
+    message: str
+    machine: Machine = Machine("cuda:0,cpu", 3, 1, 1e-3, 2)
+
+
+QUIET: dict[str, int] = {}
+PLANTED = {
+    "an error is swallowed": Planted(
+        "engine.run", "self.error = e", "pass", {"write": 40}, "RuntimeError.*were never done|after set"
+    ),
+    "another error is raised": Planted(
+        "engine.run", "raise work.error", "raise InputError('oops')", {"write": 40}, "NameError|InputError.* after"
+    ),
+    "threads are not joined": Planted(
+        "engine.run", "thread.join()", "return", {"cancelled": 0}, "threads that were not joined", Machine("reference")
+    ),
+    "a slot ends without a word": Planted("engine.run", "self.n_serving -= 1", "pass", QUIET, "no end after"),
+    "a second pass is never handed out": Planted(
+        "engine.loads", "self._n_deferred -= 1", "pass", QUIET, "no end after|never done"
+    ),
+    "a piece is dropped": Planted(
+        "engine.loads",
+        "            file.popleft()\n",
+        "            file.popleft()\n            file and file.popleft()\n",
+        QUIET,
+        "never done",
+    ),
+    "a kernel does not wait for its copy": Planted(
+        "engine.streamed", 'streams.after("kernel", copied[1])', "pass", QUIET, "wrong, missing|NonFinite|Overflow"
+    ),
+    "a copy does not wait for its kernel": Planted(
+        "engine.streamed", 'streams.after("d2h", computed[1])', "pass", QUIET, "wrong, missing|NonFinite|Overflow"
+    ),
+    "a slot does not wait for its results": Planted(
+        "engine.streamed", 'self._streams.wait(marks["d2h"][1])', "pass", QUIET, "wrong, missing|NonFinite|Overflow"
+    ),
+    "streams are not closed": Planted(
+        "engine.streamed", "self._streams.close()", "pass", {"h2d": 3}, "threads that were not joined"
+    ),
+    "a ring is not halved": Planted(
+        "engine.streamed", "return e.with_traceback(None)", "raise", {"allocate": 1}, "smaller slots were not tried"
+    ),
+    "a ring is halved in silence": Planted(
+        "engine.streamed", "self.notes += (note,)", "pass", {"allocate": 1}, r"\(\)"
+    ),
+    "a reader keeps its files open": Planted(
+        "engine.readers",
+        "os.close(self._descriptors.popitem()[1])",
+        "self._descriptors.popitem()",
+        QUIET,
+        "descriptors",
+    ),
+    "a short read is taken for a whole one": Planted(
+        "engine.readers", "while have < need:", "while have == 0:", QUIET, "wrong, missing|NonFinite|Overflow"
+    ),
+    "the rest of a short write is lost": Planted(
+        "formats.output",
+        "            while rest:\n                n = os.pwrite",
+        "            if rest:\n                n = os.pwrite",
+        QUIET,
+        "wrong, missing",
+    ),
+    "a cause is not chained": Planted(
+        "formats.output",
+        '. Nothing was changed there.") from e',
+        '. Nothing was changed there.") from None',
+        {"write": 40},
+        "without its cause",
+    ),
+    "an aborted output stays": Planted(
+        "formats.output",
+        "                        self._temp.remove()",
+        "                        pass",
+        {"write": 1},
+        "nothing to go on with|No such file",
+    ),
+    "an output stays locked": Planted(
+        "formats.output",
+        "        finally:\n            self._release()\n        return kept",
+        "        finally:\n            pass\n        return kept",
+        {"write": 1},
+        "descriptors",
+    ),
+    "an aborted output gets its name": Planted(
+        "formats.output",
+        "                        self._temp.remove()",
+        "                        self._temp.path.rename(self.target)",
+        {"write": 20},
+        "wrong, missing",
+    ),
+    "NaN is kept for a resume": Planted(
+        "pipeline.quantize", "not isinstance(e, InputError)", "True", {"nan": 0}, "type"
+    ),
+    "what is kept is not spoken of": Planted(
+        "pipeline.quantize", "e.add_note(", "str(", {"write": 60}, "and the error says"
+    ),
+    "a tensor is noted before it is written": Planted(
+        "engine.run",
+        "is_last = tensor.n_left == 0",
+        "is_last = tensor.n_left == len(tensor.pieces) - 1",
+        {"write": 60},
+        "wrong, missing|IndexError|never done",
+    ),
+    "Ctrl-C is not heard": Planted(
+        "engine.run",
+        "        while work.is_under_way",
+        "        with contextlib.suppress(KeyboardInterrupt):\n          while work.is_under_way",
+        {"interrupt": 150},
+        "did not matter|never done",
+    ),
+}
+
+
+def plant(patch: pytest.MonkeyPatch, fault: Planted) -> None:
+    """Put the faulty functions and classes wherever the package, or these tests, use the real ones."""
+    name = f"arrowquant_gpu.{fault.module}"
+    live, edited = sys.modules[name], types.ModuleType(name)
+    assert live.__file__ is not None
+    text = Path(live.__file__).read_text()
+    assert text.count(fault.old) >= 1, f"{name} has no {fault.old!r}"
+    vars(edited).update(__file__=live.__file__, __package__=live.__package__)
+    patch.setitem(sys.modules, name, edited)  # a dataclass looks its module up
+    exec(compile(text.replace(fault.old, fault.new), live.__file__, "exec"), vars(edited))
+    own = {id(v): vars(edited)[k] for k, v in vars(live).items() if getattr(v, "__module__", None) == name}
+    users = [m for n, m in sys.modules.items() if n.startswith(("arrowquant_gpu", "tests.faults")) and m is not edited]
+    own[id(live)] = edited
+    for module in [live, *users]:
+        for key, value in list(vars(module).items()):
+            if id(value) in own:
+                patch.setattr(module, key, own[id(value)])
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found(name: str, models: Models, tmp_path: Path, held: Held) -> None:
+    fault = PLANTED[name]
+    made = [models.of(i) for i in range(4)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((Exception, Hang), match=fault.message) as caught:
+        plant(patch, fault)
+        for i in range(12):
+            run_case(Case(i, fault.machine, [fault.planned]), made[i % 4], tmp_path / str(i), held, 2.0)
+    print(name, "->", str(caught.value)[:300])
+    for streams in list(MADE):
+        streams.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("arrowquant-"):
+            thread.join(5)
