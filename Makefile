@@ -75,6 +75,7 @@ soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full co
 bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers and checkpoints beside copies, parts and peers, and peak memory; record in OUT
 	$(bench_python) benchmarks/bench_cpu.py --out $(OUT)
 	$(bench_python) benchmarks/bench_kernels.py --device cpu --out $(OUT)
+	$(bench_python) benchmarks/bench_trace.py --out $(OUT)
 	$(bench_python) benchmarks/bench_arrowquant_v2.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --simulate h200 --out $(OUT)

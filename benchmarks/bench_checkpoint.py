@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 from arrowquant_gpu import quantize_checkpoint, reference  # noqa: E402 - the repository is not on the path of a script
 from arrowquant_gpu.engine.ring import SLOTS  # noqa: E402
 from arrowquant_gpu.schemes import Scheme  # noqa: E402
-from benchmarks import checkpoints, parts, pictures, timelines  # noqa: E402
+from benchmarks import checkpoints, cpu_peers, parts, pictures, timelines  # noqa: E402
 from benchmarks.bench_cpu import rounded  # noqa: E402
 from benchmarks.watch import watch  # noqa: E402
 from tests.bitwise import assert_bitwise_equal  # noqa: E402
@@ -169,11 +169,14 @@ def run(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dict
     def take(name: str, seconds: float) -> None:
         times.setdefault(name, []).append(seconds)
 
-    for _ in range(rounds):
-        if on_cpu:
-            for n in {1, 2, threads}:
+    for i in range(rounds + 1):
+        if i == 1:
+            times.clear()  # the first round does not count
+        counts = sorted({1, 2, threads} if on_cpu else {threads}, reverse=bool(i % 2))
+        for n in counts:
+            if on_cpu:
                 take(f"kernel {n}", parts.kernels(source, target, scheme, n))
-        for n in {1, 2, threads} if on_cpu else {threads}:
+        for n in counts:
             written = parts.output(source, target, scheme, n)
             take(f"layout {n}", written.layout)
             take(f"write {n}", written.write)
@@ -259,33 +262,6 @@ def cold(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dic
     return {"dropped_by": how, **{name: statistics.median(seen) for name, seen in times.items()}}
 
 
-def peers(source: Path, our_gb_s: float) -> list[dict[str, Any]]:
-    """The peers on the linear weights of the first layer: GB/s of bfloat16 weights, without reading or writing."""
-    from benchmarks import cpu_peers
-
-    cpu_peers.versions()
-    threads = len(os.sched_getaffinity(0))
-    found: dict[str, list[float]] = {}
-    layer = list(first_layer(source))
-    for x in layer:
-        made = [*cpu_peers.peers([x], "bfloat16", threads), cpu_peers.hqq([x], threads, optimized=False)]
-        made.append(cpu_peers.llama_cpp([x.astype(np.float32)], threads, "Q4_0"))
-        made += [cpu_peers.mlx([x])] if threads > 1 else []  # has one stream of its own
-        for peer in made:
-            if peer.name not in found:
-                peer.run(0)
-            start = time.perf_counter()
-            peer.run(0)
-            found.setdefault(peer.name, []).append(time.perf_counter() - start)
-    n_bytes = sum(x.nbytes for x in layer)
-    rows = [{"name": name, "gb_s": n_bytes / sum(seen) / 1e9} for name, seen in found.items()]
-    part = layer[0][:256]  # its search takes minutes for a layer
-    start = time.perf_counter()
-    cpu_peers.hqq([part], threads, optimized=True).run(0)
-    rows.append({"name": "HQQ, 256 rows", "gb_s": part.nbytes / (time.perf_counter() - start) / 1e9})
-    return [row | {"ours_end_to_end_is_faster_by": our_gb_s / row["gb_s"]} for row in rows]
-
-
 def first_layer(source: Path) -> Iterator[np.ndarray]:
     """Copies of the matrices of layer 0 that are quantized, at most seven."""
     left = 7
@@ -368,6 +344,8 @@ def dense(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """checkpoint.json."""
     model = checkpoints.MODELS[arguments.model]
     layers = arguments.layers or fitting_layers(model, work)
+    if not arguments.without_peers:
+        cpu_peers.versions()  # an absent one is said before the work, not after it
     results: dict[str, Any] = {"model": arguments.model, "layers": layers, "of_layers": model.layers}
     n_bytes = checkpoints.n_bytes(model.shapes(layers))
     print(f"{arguments.model}, {layers} of {model.layers} layers, {n_bytes / 1e9:.1f} GB: ", end="", flush=True)
@@ -380,8 +358,13 @@ def dense(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     results["peak"] = peak(source, work, device, ["--scheme", scheme])
     results["engine"] |= cold(source, work, scheme, device, min(2, arguments.rounds))
     if not arguments.without_peers:
-        results["peers"] = peers(source, results["source_gb_s"])
+        rates = cpu_peers.layer(list(first_layer(source)), results["threads"])
+        results["peers"] = [
+            {"name": name, "gb_s": rate, "ours_end_to_end_is_faster_by": results["source_gb_s"] / rate}
+            for name, rate in rates.items()
+        ]
         results["peers_are"] = "measured on one layer in memory, without reading or writing"
+        results["peer_versions"] = cpu_peers.versions()
     return results
 
 

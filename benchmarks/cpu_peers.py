@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -58,6 +59,32 @@ def peers(weights: list[np.ndarray], dtype: str, threads: int) -> list[Peer]:
     if threads == 1:
         found.append(mlx(weights))
     return found
+
+
+def layer(weights: list[np.ndarray], threads: int) -> dict[str, float]:
+    """GB/s of every peer on the bfloat16 matrices of a layer, one after the other, in bytes of bfloat16.
+
+    llama.cpp gets them as float32. HQQ's search would take minutes for a layer, and is measured on 256 rows.
+    """
+    times: dict[str, list[float]] = {}
+    for x in weights:
+        made = [*peers([x], "bfloat16", threads), hqq([x], threads, optimized=False)]
+        made.append(llama_cpp([x.astype(np.float32)], threads, "Q4_0"))
+        if threads > 1:
+            made.append(mlx([x]))
+        for peer in made:
+            if peer.name not in times:
+                peer.run(0)  # the first call of all does not count
+            start = time.perf_counter()
+            peer.run(0)
+            times.setdefault(peer.name, []).append(time.perf_counter() - start)
+    n_bytes = sum(x.nbytes for x in weights)
+    rates = {name: n_bytes / sum(seen) / 1e9 for name, seen in times.items()}
+    part = weights[0][:256]
+    hqq([part[:8]], threads, optimized=True).run(0)
+    start = time.perf_counter()
+    hqq([part], threads, optimized=True).run(0)
+    return rates | {"HQQ, 256 rows": part.nbytes / (time.perf_counter() - start) / 1e9}
 
 
 # --- llama-cpp-python: libggml, called as llama-quantize does, rows shared among threads -----------------------------
