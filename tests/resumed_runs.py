@@ -10,12 +10,17 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+# What a run imports when it needs it is here for the server.
+import arrowquant_gpu.backends.numpy_reference
+import arrowquant_gpu.formats.arrow_ipc
+import arrowquant_gpu.formats.parquet  # noqa: F401
 from arrowquant_gpu.engine.journal import Finished, Journal
 from arrowquant_gpu.formats import pieces
 from arrowquant_gpu.formats.output import Output
@@ -45,7 +50,7 @@ def at_once() -> float:
 
 def slow() -> float:
     """So that there is time for a signal."""
-    return 0.003
+    return 0.004
 
 
 # What of a commit changes names on the disk: a run can be killed before and after each.
@@ -54,12 +59,13 @@ CHANGES = ("link", "unlink", "rename", "replace", "rmdir")
 
 @contextlib.contextmanager
 def small_pieces(pause: Pause = at_once) -> Iterator[None]:
-    """In this process: small pieces, a prompt journal, and a pause in every write."""
+    """In this process: small pieces, a prompt journal, and a pause in every write of a piece."""
     old = pieces.PIECE_BYTES, quantize.Journal, Output.write  # type: ignore[attr-defined]
 
     def write(self: Output, name: str, offset: int, data: Any) -> None:
         old[2](self, name, offset, data)
-        time.sleep(pause())
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(pause())
 
     pieces.PIECE_BYTES, quantize.Journal = PIECE_BYTES, PromptJournal  # type: ignore
     Output.write = write  # type: ignore[method-assign]
