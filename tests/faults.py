@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -27,12 +26,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from arrowquant_gpu import backends
 from arrowquant_gpu.dtypes import DTYPES
-from arrowquant_gpu.engine import Reader, Sizes, ring
 from arrowquant_gpu.engine.host import HostSlot
 from arrowquant_gpu.engine.journal import Journal
-from arrowquant_gpu.engine.streamed import StreamedDevice
 from arrowquant_gpu.errors import (
     ArrowQuantError,
     DeviceError,
@@ -47,6 +43,7 @@ from arrowquant_gpu.pipeline import quantize
 
 from .fixtures import write_index, write_safetensors
 from .plain_sink import PlainSink
+from .simulated_gpus import simulate
 from .simulated_streams import SimulatedStreams
 from .snapshots import snapshot
 
@@ -345,12 +342,10 @@ def _hook_system(patch: pytest.MonkeyPatch, faults: Faults, *, is_direct: bool) 
 def _hook_devices(
     patch: pytest.MonkeyPatch, faults: Faults, machine: Machine, seed: int, made: list[SimulatedStreams]
 ) -> None:
-    def open_cuda(
-        name: str, reader: Reader, smallest: Sizes, slot_bytes: int, n_slots: int, max_bytes: int | None
-    ) -> StreamedDevice:
+    def make(name: str) -> FaultyStreams:
         streams = FaultyStreams(name, seed, machine.delay, faults)
         made.append(streams)
-        return StreamedDevice(streams, reader, smallest, slot_bytes, n_slots, max_bytes)
+        return streams
 
     def before(name: str) -> None:
         real = getattr(HostSlot, name)
@@ -362,12 +357,7 @@ def _hook_devices(
 
         patch.setattr(HostSlot, name, hooked)
 
-    module = types.ModuleType("arrowquant_gpu.engine.cuda")
-    module.open_cuda = open_cuda  # type: ignore[attr-defined]
-    patch.setitem(sys.modules, module.__name__, module)
-    patch.setattr(backends, "_cuda_usable", lambda: (True, "simulated"))
-    patch.setattr(ring, "SLOTS", machine.n_slots)
-    patch.setattr(ring, "SLOT_BYTES", machine.slot_bytes)
+    simulate(patch, make, slot_bytes=machine.slot_bytes, n_slots=machine.n_slots)
     before("_codes")
     before("_range")
 

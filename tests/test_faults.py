@@ -171,7 +171,8 @@ def run_case(case: Case, model: Model, folder: Path, held: Held, patience: float
         if (error := outcome.error) is None:
             check_output(model, beside)
             assert faults.reached <= SURVIVED, f"{faults.reached} did not matter"
-            assert bool(faults.reached) == any("out of memory" in note for note in outcome.notes), outcome.notes
+            is_noted = any("out of memory" in note for note in outcome.notes)
+            assert is_noted == bool(faults.reached), f"a note was expected after {faults.reached}: {outcome.notes}"
             assert is_left or not outcome.resumed
             counts.update(f"{kind}: survived" for kind in faults.reached)
             counts["resumed runs"] += outcome.resumed > 0
@@ -188,7 +189,8 @@ def run_case(case: Case, model: Model, folder: Path, held: Held, patience: float
                 is_done = True
             else:
                 is_left = check_leftovers(beside, error, was_left)
-                assert not (is_left and source != model.source and type(error) is KINDS["nan"].error)
+                is_nan = isinstance(error, KINDS["nan"].error)
+                assert not (is_left and is_nan), "an error of the weights is kept, which would only come again"
                 counts["outputs kept"] += is_left
         del outcome, error
         after = held()
@@ -282,109 +284,91 @@ class Planted(NamedTuple):
 
 
 QUIET: dict[str, int] = {}
+WRONG = "wrong, missing|NonFinite|Overflow"  # bytes, or findings of bytes that were never written
+REMOVE = "                        self._temp.remove()"
 PLANTED = {
     "an error is swallowed": Planted(
-        "engine.run", "self.error = e", "pass", {"write": 40}, "RuntimeError.*were never done|after set"
+        "engine.run", "self.error = e", "pass", {"write": 40}, "RuntimeError.*were never done"
     ),
     "another error is raised": Planted(
-        "engine.run", "raise work.error", "raise InputError('oops')", {"write": 40}, "NameError|InputError.* after"
+        "engine.run", "raise work.error", "raise RuntimeError('oops')", {"write": 40}, "RuntimeError.*oops.* after"
     ),
     "threads are not joined": Planted(
-        "engine.run", "thread.join()", "return", {"cancelled": 0}, "threads that were not joined", Machine("reference")
+        "engine.run",
+        "thread.join()",
+        "return",
+        {"cancelled": 0},
+        "threads that were not joined",
+        Machine("reference"),
     ),
     "a slot ends without a word": Planted("engine.run", "self.n_serving -= 1", "pass", QUIET, "no end after"),
     "a second pass is never handed out": Planted(
-        "engine.loads", "self._n_deferred -= 1", "pass", QUIET, "no end after|never done"
+        "engine.loads", "self._n_deferred -= 1", "pass", QUIET, "no end after"
     ),
     "a piece is dropped": Planted(
-        "engine.loads",
-        "            file.popleft()\n",
-        "            file.popleft()\n            file and file.popleft()\n",
-        QUIET,
-        "never done",
+        "engine.loads", "file.popleft()\n", "(file.popleft(), file and file.popleft())\n", QUIET, "never done"
     ),
     "a kernel does not wait for its copy": Planted(
-        "engine.streamed", 'streams.after("kernel", copied[1])', "pass", QUIET, "wrong, missing|NonFinite|Overflow"
+        "engine.streamed", 'streams.after("kernel", copied[1])', "pass", QUIET, WRONG
     ),
     "a copy does not wait for its kernel": Planted(
-        "engine.streamed", 'streams.after("d2h", computed[1])', "pass", QUIET, "wrong, missing|NonFinite|Overflow"
+        "engine.streamed", 'streams.after("d2h", computed[1])', "pass", QUIET, WRONG
     ),
     "a slot does not wait for its results": Planted(
-        "engine.streamed", 'self._streams.wait(marks["d2h"][1])', "pass", QUIET, "wrong, missing|NonFinite|Overflow"
+        "engine.streamed", 'self._streams.wait(marks["d2h"][1])', "pass", QUIET, WRONG
     ),
     "streams are not closed": Planted(
         "engine.streamed", "self._streams.close()", "pass", {"h2d": 3}, "threads that were not joined"
     ),
     "a ring is not halved": Planted(
-        "engine.streamed", "return e.with_traceback(None)", "raise", {"allocate": 1}, "smaller slots were not tried"
+        "engine.streamed",
+        "return e.with_traceback(None)",
+        "raise",
+        {"allocate": 1},
+        "smaller slots were not tried",
     ),
     "a ring is halved in silence": Planted(
-        "engine.streamed", "self.notes += (note,)", "pass", {"allocate": 1}, r"\(\)"
+        "engine.streamed", "self.notes += (note,)", "pass", {"allocate": 1}, "a note was expected"
     ),
     "a reader keeps its files open": Planted(
-        "engine.readers",
-        "os.close(self._descriptors.popitem()[1])",
-        "self._descriptors.popitem()",
-        QUIET,
-        "descriptors",
+        "engine.readers", "os.close(self._descriptors.popitem()[1])", "self._descriptors.clear()", QUIET, "held before"
     ),
     "a short read is taken for a whole one": Planted(
-        "engine.readers", "while have < need:", "while have == 0:", QUIET, "wrong, missing|NonFinite|Overflow"
+        "engine.readers", "while have < need:", "while have == 0:", QUIET, WRONG
     ),
     "the rest of a short write is lost": Planted(
-        "formats.output",
-        "            while rest:\n                n = os.pwrite",
-        "            if rest:\n                n = os.pwrite",
-        QUIET,
-        "wrong, missing",
+        "formats.output", "while rest:\n                n = os.pw", "if rest:\n                n = os.pw", QUIET, WRONG
     ),
     "a cause is not chained": Planted(
-        "formats.output",
-        '. Nothing was changed there.") from e',
-        '. Nothing was changed there.") from None',
-        {"write": 40},
-        "without its cause",
+        "formats.output", 'there.") from e', 'there.") from None', {"write": 40}, "without its cause"
     ),
     "an aborted output stays": Planted(
-        "formats.output",
-        "                        self._temp.remove()",
-        "                        pass",
-        {"write": 1},
-        "nothing to go on with|No such file",
-    ),
-    "an output stays locked": Planted(
-        "formats.output",
-        "        finally:\n            self._release()\n        return kept",
-        "        finally:\n            pass\n        return kept",
-        {"write": 1},
-        "descriptors",
+        "formats.output", REMOVE, "pass".rjust(28), {"write": 1}, "nothing to go on with"
     ),
     "an aborted output gets its name": Planted(
-        "formats.output",
-        "                        self._temp.remove()",
-        "                        self._temp.path.rename(self.target)",
-        {"write": 20},
-        "wrong, missing",
+        "formats.output", REMOVE, REMOVE.replace("remove()", "path.rename(self.target)"), {"write": 20}, WRONG
+    ),
+    "an output stays locked": Planted(
+        "formats.output", "self._release()\n        return kept", "return kept", {"write": 1}, "held before"
+    ),
+    "a manifest outlives its output": Planted(
+        "formats.output", "(parent / name).unlink(missing_ok=True)", "pass", {"rename": 1}, "out.manifest.parquet after"
     ),
     "NaN is kept for a resume": Planted(
-        "pipeline.quantize", "not isinstance(e, InputError)", "True", {"nan": 0}, "type"
+        "pipeline.quantize", "not isinstance(e, InputError)", "True", {"nan": 0}, "kept, which would only come again"
     ),
     "what is kept is not spoken of": Planted(
         "pipeline.quantize", "e.add_note(", "str(", {"write": 60}, "and the error says"
     ),
-    "a tensor is noted before it is written": Planted(
-        "engine.run",
-        "is_last = tensor.n_left == 0",
-        "is_last = tensor.n_left == len(tensor.pieces) - 1",
-        {"write": 60},
-        "wrong, missing|IndexError|never done",
+    "a tensor is finished too early": Planted(
+        "engine.run", "tensor.n_left == 0", "tensor.n_left == len(tensor.pieces) - 1", {"write": 60}, WRONG
     ),
     "Ctrl-C is not heard": Planted(
         "engine.run",
         "        while work.is_under_way",
         "        with contextlib.suppress(KeyboardInterrupt):\n          while work.is_under_way",
         {"interrupt": 150},
-        "did not matter|never done",
+        "never done|did not matter",
     ),
 }
 
@@ -400,7 +384,11 @@ def plant(patch: pytest.MonkeyPatch, fault: Planted) -> None:
     patch.setitem(sys.modules, name, edited)  # a dataclass looks its module up
     exec(compile(text.replace(fault.old, fault.new), live.__file__, "exec"), vars(edited))
     own = {id(v): vars(edited)[k] for k, v in vars(live).items() if getattr(v, "__module__", None) == name}
-    users = [m for n, m in sys.modules.items() if n.startswith(("arrowquant_gpu", "tests.faults")) and m is not edited]
+    users = [
+        m
+        for n, m in sys.modules.items()
+        if n.startswith(("arrowquant_gpu", "tests.faults", "tests.simul")) and m is not edited
+    ]
     own[id(live)] = edited
     for module in [live, *users]:
         for key, value in list(vars(module).items()):
@@ -411,14 +399,21 @@ def plant(patch: pytest.MonkeyPatch, fault: Planted) -> None:
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_is_found(name: str, models: Models, tmp_path: Path, held: Held) -> None:
     fault = PLANTED[name]
-    made = [models.of(i) for i in range(4)]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((Exception, Hang), match=fault.message) as caught:
-        plant(patch, fault)
-        for i in range(12):
-            run_case(Case(i, fault.machine, [fault.planned]), made[i % 4], tmp_path / str(i), held, 2.0)
-    print(name, "->", str(caught.value)[:300])
-    for streams in list(MADE):
-        streams.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("arrowquant-"):
-            thread.join(5)
+    for i in range(4):  # they are not to be made with the fault
+        models.of(i)
+
+    def run_with_it() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch, fault)
+            for i in range(12):
+                run_case(Case(i, fault.machine, [fault.planned]), models.of(i % 4), tmp_path / str(i), held, 2.0)
+
+    try:
+        with pytest.raises((Exception, Hang), match=fault.message):
+            run_with_it()
+    finally:
+        for streams in list(MADE):
+            streams.close()
+        for thread in threading.enumerate():
+            if thread.name.startswith("arrowquant-"):
+                thread.join(5)
