@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from arrowquant_gpu import backends
+
 from .device import Allocation, Gpu, Host, Stream, still_there
 from .errors import KernelFault
 
@@ -345,6 +347,10 @@ def install(monkeypatch: pytest.MonkeyPatch, loader: Loader, n_devices: int = 1,
     for name in (BACKEND, ENGINE):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         del sys.modules[name]
+    # What the package remembers of the GPUs it found is not for other tests.
+    for name, cached in vars(backends).items():
+        if hasattr(cached, "cache_clear"):
+            monkeypatch.setattr(backends, name, cached.__wrapped__)
     return host
 
 
