@@ -10,7 +10,9 @@ many layers as leave source and output in the page cache. All figures of a file 
 turns, and medians are given.
 
 On the CPU the parts are the kernels alone, over a new map of the same warm files into small buffers, and the write of
-the same output bytes alone, both with the engine's pieces and threads (parts.py). Cores share the memory behind them:
+the same output bytes alone, both with the engine's pieces and threads (parts.py). Before each
+write and each run of the engine the same bytes are written once and removed: a virtual machine gives memory that was
+freed a second ago back to its host, and getting it again costs more than writing. Cores share the memory behind them:
 where two threads do the same work less than 1.6 times as fast as one, kernels and write do not run beside each other
 for nothing, and what the engine is compared with is their sum; otherwise the larger. On a GPU the parts are the copy
 over the link from page-locked memory, the read out of the page cache, and the write; the engine is compared with the
@@ -45,7 +47,7 @@ from arrowquant_gpu.engine.ring import SLOTS  # noqa: E402
 from arrowquant_gpu.schemes import Scheme  # noqa: E402
 from benchmarks import checkpoints, cpu_peers, parts, pictures, timelines  # noqa: E402
 from benchmarks.bench_cpu import rounded  # noqa: E402
-from benchmarks.watch import watch  # noqa: E402
+from benchmarks.watch import cached_share, watch  # noqa: E402
 from tests.bitwise import assert_bitwise_equal  # noqa: E402
 from tests.record import write  # noqa: E402
 
@@ -177,13 +179,17 @@ def run(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dict
             if on_cpu:
                 take(f"kernel {n}", parts.kernels(source, target, scheme, n))
         for n in counts:
+            parts.output(source, target, scheme, threads)
             written = parts.output(source, target, scheme, n)
             take(f"layout {n}", written.layout)
             take(f"write {n}", written.write)
         take("read", parts.source_bytes(source, target, scheme, threads))
+        take("cached", cached_share(source))
+        parts.output(source, target, scheme, threads)
         with quantized(source, work, scheme, device) as (_, summary):
             take("engine", summary["seconds"])
             take("flush", summary["flush_seconds"])
+        take("cached", cached_share(source))
     trace = work / "timeline.json"
     with quantized(source, work, scheme, device, timeline=trace) as (_, summary):
         timeline_s = summary["seconds"]
@@ -209,6 +215,7 @@ def run(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dict
         "layout_s": medians[f"layout {threads}"],
         "engine": {"warm_s": medians["engine"], "flush_s": medians["flush"], "timeline_s": timeline_s},
         "source_gb_s": source_bytes / medians["engine"] / 1e9,
+        "source_cached_at_least": min(times["cached"]),
         **(compared_on_cpu(medians, alone) if on_cpu else compared_on_gpu(medians, alone)),
         **stage_shares(trace, threads, on_cpu=on_cpu),
         "all_rounds": times,
@@ -328,6 +335,8 @@ def show(results: dict[str, Any]) -> None:
         print(f"  {part + ': two threads beside one':32} {times:7.2f} times as fast")
     print(f"  {results['bar']['name']:32} {results['bar']['seconds']:7.3f} s")
     engine = results["engine"]
+    if results["source_cached_at_least"] < 0.999:
+        print(f"  NOT WARM: only {results['source_cached_at_least']:.1%} of the source stayed in the page cache")
     print(f"  {'engine, warm':32} {engine['warm_s']:7.3f} s  {results['source_gb_s']:6.2f} GB/s", end="")
     ratio = f"{results['ratio']:.2f} x" if "ratio" in results else f"{results['share_of_slowest']:.1%} of"
     print(f"  {ratio} {results['bar']['name']}; then flush {engine['flush_s']:.2f} s")

@@ -23,7 +23,7 @@ from arrowquant_gpu.schemes import Scheme
 from benchmarks import bench_arrowquant_v2, bench_checkpoint, bench_kernels, checkpoints, parts, simulated, timelines
 from benchmarks.checkpoints import MODELS, Model
 from benchmarks.timelines import Event
-from benchmarks.watch import watch
+from benchmarks.watch import cached_share, watch
 
 ROOT = Path(__file__).parent.parent
 TINY = Model("llama", "LlamaForCausalLM", 3, 256, 512, 2, 1, 320, shard_bytes=1 << 20)
@@ -135,6 +135,13 @@ def test_peak_memory_of_a_process_is_seen() -> None:
     assert found.device == 25
     with pytest.raises(SystemExit, match="ended with 3"):
         watch([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_what_is_in_the_page_cache_is_counted(tmp_path: Path) -> None:
+    for name, has_holes in (("a", False), ("b", True)):
+        with (tmp_path / f"{name}.safetensors").open("wb") as f:
+            f.truncate(1 << 20) if has_holes else f.write(bytes(1 << 20))
+    assert cached_share(tmp_path) == 0.5
 
 
 # --- Parts and bits --------------------------------------------------------------------------------------------------
