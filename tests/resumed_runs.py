@@ -60,26 +60,26 @@ CHANGES = ("link", "unlink", "rename", "replace", "rmdir")
 @contextlib.contextmanager
 def small_pieces(pause: Pause = at_once) -> Iterator[None]:
     """In this process: small pieces, a prompt journal, and a pause in every write of a piece."""
-    old = pieces.PIECE_BYTES, quantize.Journal, Output.write  # type: ignore[attr-defined]
+    old = pieces.PIECE_BYTES, quantize.Journal, Output.write
 
     def write(self: Output, name: str, offset: int, data: Any) -> None:
         old[2](self, name, offset, data)
         if threading.current_thread() is not threading.main_thread():
             time.sleep(pause())
 
-    pieces.PIECE_BYTES, quantize.Journal = PIECE_BYTES, PromptJournal  # type: ignore
-    Output.write = write  # type: ignore[method-assign]
+    pieces.PIECE_BYTES, quantize.Journal = PIECE_BYTES, PromptJournal
+    Output.write = write
     try:
         yield
     finally:
-        pieces.PIECE_BYTES, quantize.Journal, Output.write = old  # type: ignore
+        pieces.PIECE_BYTES, quantize.Journal, Output.write = old
 
 
 def run(source: Path, target: Path, *, pause: Pause = at_once, **options: Any) -> Manifest:
     """A run to its end, or until `progress` raises."""
     options = {"scheme": "int4_g64", "device": "reference", **options}
     with small_pieces(pause):
-        return quantize_checkpoint(source, target, **options)  # type: ignore[no-any-return]
+        return quantize_checkpoint(source, target, **options)
 
 
 def leftover(target: Path) -> Path | None:
