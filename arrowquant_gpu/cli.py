@@ -291,6 +291,9 @@ def _run(command: str, json: bool, quiet: bool, verbose: int, debug: bool) -> It
             _fail(" ".join([str(e), *_notes(e)]), e.exit_code, debug)
         except KeyboardInterrupt as e:
             _fail(" ".join(["interrupted;", *_notes(e, "nothing was left behind")]), INTERRUPTED, debug)
+        except SystemExit as e:
+            print(" ".join(["arrowquant: terminated;", *_notes(e, "nothing was left behind")]), file=sys.stderr)
+            raise
         except BrokenPipeError:
             # The reader of stdout (head, less) has gone. Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

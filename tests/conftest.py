@@ -36,7 +36,7 @@ def _missing(marker: str) -> str | None:
 
 
 def _asks_for_soak(config: pytest.Config) -> bool:
-    return "soak" in config.getoption("markexpr")
+    return "soak" in config.getoption("markexpr").replace("not soak", "")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

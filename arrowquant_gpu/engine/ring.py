@@ -45,8 +45,8 @@ def open_devices(
     """
     if read == "gds" and (validate or not all(name.startswith("cuda") for name in names)):
         raise InputError(
-            "reader gds brings weights straight into GPU memory: it needs devices that are GPUs, and nothing to validate "
-            "on the host. Choose another --read, or --read auto."
+            "reader gds brings weights straight into GPU memory: it needs devices that are GPUs, and nothing to "
+            "validate on the host. Choose another --read, or --read auto."
         )
     smallest = Sizes(*(max(column, default=0) for column in zip(*map(sizes, pieces), strict=True)))
     hosts = {name: get_backend(name, threads) for name in names if not name.startswith("cuda")}
