@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from ..schemes import rows_and_length
 from . import Device, Load, Progress, Result, Slot, Solved
 from .figures import Errors, Figures, errors
 from .hashes import piece_digest, tensor_hash
+from .interrupts import no_interrupt
 from .journal import Finished, Journal, verify
 from .loads import Queue
 
@@ -57,7 +57,7 @@ def run(
         for i, slot in enumerate(device.slots)
     ]
     try:
-        with _no_interrupt():
+        with no_interrupt():
             for thread in threads:
                 thread.start()
         while work.is_under_way(wants_news=progress is not None):
@@ -148,7 +148,8 @@ class _Work:
         """Believe the journal where the bytes in the output are still those it speaks of; queue everything else."""
         known = [t for name, t in self.tensors.items() if name in self.journal.finished]
         with ThreadPoolExecutor(min(8, self.n_slots), "arrowquant-verify") as pool:
-            intact = pool.map(self._is_intact, known)
+            with no_interrupt():
+                intact = pool.map(self._is_intact, known)
             kept = {t.entry.info.name for t, is_intact in zip(known, intact, strict=True) if is_intact}
         for name in kept:
             tensor = self.tensors[name]
@@ -265,16 +266,6 @@ class _Work:
         if progress is not None and done.n_bytes != self._reported and self.error is None:
             progress(done.n_bytes, self.total, done.name)
         self._reported = done.n_bytes
-
-
-@contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Signals wait: a thread whose start was interrupted may run, and cannot be joined."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(work: _Work, threads: Sequence[threading.Thread]) -> None:
