@@ -63,7 +63,7 @@ def open_devices(
                 each += _scratch(pieces, validate)
                 n = most if room is None else min(most, room // max(1, each))
                 if n < 1:
-                    raise InputError(_too_small(memory_limit or 0, each))
+                    raise InputError(_too_small(memory_limit or 0, each * len(names)))
                 backend = get_backend(name, -(-getattr(hosts[name], "threads", 1) // n))
                 device: Device = HostDevice(backend, reader, smallest, n)
             else:
@@ -85,10 +85,10 @@ def _scratch(pieces: Sequence[Piece], validate: bool) -> int:
     return weights * (int(validate) + int(is_converted))
 
 
-def _too_small(limit: int, each: int) -> str:
-    needed = anonymous_bytes() + RESERVE + each
+def _too_small(limit: int, rings: int) -> str:
+    needed = -(-(anonymous_bytes() + RESERVE + rings) // 1_000_000)
     return (
-        f"memory limit {limit / 1e6:.0f} MB: this model needs at least {needed / 1e6:.0f} MB, most of it for its "
+        f"memory limit {limit / 1e6:.0f} MB: this model needs at least {needed} MB, most of it for its "
         f"largest piece and for Python itself. Raise --memory-limit."
     )
 
