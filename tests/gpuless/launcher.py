@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,16 +51,21 @@ def _runtime(name: str) -> str:
 
 
 class Launcher:
-    """One worker process, started when first used and again after a crash."""
+    """One worker process, started when first used and again after a crash. Calls from several threads take turns."""
 
     def __init__(self, *, sanitize: bool):
         self.sanitize = sanitize
+        self._turn = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._report: IO[bytes] | None = None
         atexit.register(self.close)
 
     def call(self, library: Path, method: str, *arguments: Any) -> Any:
         """Run `method` of worker.Library; KernelFault with the shim's, the sanitizer's or the system's word."""
+        with self._turn:
+            return self._call(library, method, *arguments)
+
+    def _call(self, library: Path, method: str, *arguments: Any) -> Any:
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None
