@@ -80,6 +80,7 @@ bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers and checkpo
 	$(bench_python) benchmarks/bench_checkpoint.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --simulate h200 --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --memory --out $(OUT)
+	$(bench_python) benchmarks/bench_scaling.py --out $(OUT)
 
 gpu: $(call environment,.venv,dev) $(call environment,.venv,cuda$(CUDA)) $(call environment,.venv,figures) ## On an NVIDIA GPU: its tests and benchmarks; record in OUT (CUDA=12 for older drivers)
 	@$(dev) -m tests.needs gpu || { echo "make gpu needs a machine with an NVIDIA GPU, its driver, and CuPy." >&2; exit 1; }
