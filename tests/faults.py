@@ -353,6 +353,7 @@ def _hook_devices(
         def hooked(*args: Any) -> Any:
             if faults.at("host kernel"):
                 raise faults.note(DeviceError("cpu: host kernel fails"))
+            time.sleep(machine.delay)
             return real(*args)
 
         patch.setattr(HostSlot, name, hooked)

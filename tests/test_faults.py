@@ -299,7 +299,7 @@ PLANTED = {
         "return",
         {"cancelled": 0},
         "threads that were not joined",
-        Machine("reference"),
+        Machine("reference", delay=0.3),  # the thread is in a kernel when nobody waits for it
     ),
     "a slot ends without a word": Planted("engine.run", "self.n_serving -= 1", "pass", QUIET, "no end after"),
     "a second pass is never handed out": Planted(
