@@ -297,9 +297,9 @@ PLANTED = {
         "engine.run",
         "thread.join()",
         "return",
-        {"cancelled": 0},
+        {"cancelled": 3},
         "threads that were not joined",
-        Machine("reference", delay=0.3),  # the thread is in a kernel when nobody waits for it
+        Machine("reference", delay=0.1),  # the thread is in a kernel when nobody waits for it
     ),
     "a slot ends without a word": Planted("engine.run", "self.n_serving -= 1", "pass", QUIET, "no end after"),
     "a second pass is never handed out": Planted(
