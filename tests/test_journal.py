@@ -279,7 +279,7 @@ def test_a_journal_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     output.abort()
     with monkeypatch.context() as patch:
         output = begun(tmp_path)
-        patch.setattr(os, "pwrite", lambda fd, data, at: full(fd, data))
+        patch.setattr(os, "write", full)
         with pytest.raises(TargetError, match="disk is full"):
             Journal(output, RUN)
         output.abort()

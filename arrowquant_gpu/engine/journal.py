@@ -17,6 +17,7 @@ from ..formats import Entry, Sink
 from ..formats.lines import line, read_lines
 from ..formats.output import Output, target_errors
 from .hashes import piece_digest, tensor_hash
+from .interrupts import no_interrupt
 
 FORMAT = 1
 # Longest wait of `close` in seconds for a sync that is under way: nothing can interrupt it.
@@ -55,7 +56,15 @@ class Journal:
                 os.close(self._fd)
                 raise
         self._thread = threading.Thread(target=self._work, name="arrowquant-journal", daemon=True)
-        self._thread.start()
+        try:
+            with no_interrupt():
+                self._thread.start()
+        except BaseException:
+            if self._thread.ident is None:
+                os.close(self._fd)
+            else:
+                self.close()
+            raise
 
     def add(self, finished: Finished, files: Iterable[str]) -> None:
         """Note that all bytes of a tensor were written, to these files of the output. Returns at once; thread-safe.
@@ -94,7 +103,7 @@ class Journal:
         # A torn line goes, or the next one would be part of it.
         os.ftruncate(self._fd, n_bytes)
         if not records:
-            os.pwrite(self._fd, line({"format": FORMAT, "fingerprint": fingerprint}), 0)
+            self._write(line({"format": FORMAT, "fingerprint": fingerprint}))
 
     def _compare(self, header: Mapping[str, object], fingerprint: dict[str, str]) -> None:
         known = header.get("fingerprint")
@@ -136,10 +145,13 @@ class Journal:
             os.close(self._fd)
 
     def _append(self, lines: bytes) -> None:
+        self._write(lines)
+        os.fsync(self._fd)
+
+    def _write(self, lines: bytes) -> None:
         os.lseek(self._fd, 0, os.SEEK_END)
         while lines:
             lines = lines[os.write(self._fd, lines) :]
-        os.fsync(self._fd)
 
 
 def verify(output: Output, sink: Sink, entry: Entry, expected: str) -> bool:
