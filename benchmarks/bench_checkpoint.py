@@ -10,9 +10,10 @@ many layers as leave source and output in the page cache. All figures of a file 
 turns, and medians are given.
 
 On the CPU the parts are the kernels alone, over a new map of the same warm files into small buffers, and the write of
-the same output bytes alone, both with the engine's pieces and threads (parts.py). Before each
-write and each run of the engine the same bytes are written once and removed: a virtual machine gives memory that was
-freed a second ago back to its host, and getting it again costs more than writing. Cores share the memory behind them:
+the same output bytes alone, both with the engine's pieces and threads (parts.py). Before each write and each run of the
+engine the machine rests until everything is on the disk and memory that was freed is back with the host of a virtual
+machine. Getting it again costs more than writing; without the rest, whoever is quicker gets more of it for nothing.
+Cores share the memory behind them:
 where two threads do the same work less than 1.6 times as fast as one, kernels and write do not run beside each other
 for nothing, and what the engine is compared with is their sum; otherwise the larger. On a GPU the parts are the copy
 over the link from page-locked memory, the read out of the page cache, and the write; the engine is compared with the
@@ -56,6 +57,8 @@ FULL_SCALING = 1.6
 # Source and output together, per byte of source; and how much of the free memory and disk they may take.
 PER_BYTE, CACHE_SHARE, DISK_SHARE = 1.35, 0.85, 0.9
 SIMULATED_LAYERS = 6
+# Seconds before each write and each run of the engine.
+REST = 3.0
 
 
 # --- The source ------------------------------------------------------------------------------------------------------
@@ -179,18 +182,19 @@ def run(source: Path, work: Path, scheme: str, device: str, rounds: int) -> dict
             if on_cpu:
                 take(f"kernel {n}", parts.kernels(source, target, scheme, n))
         for n in counts:
-            parts.output(source, target, scheme, threads)
+            rest()
             written = parts.output(source, target, scheme, n)
             take(f"layout {n}", written.layout)
             take(f"write {n}", written.write)
         take("read", parts.source_bytes(source, target, scheme, threads))
         take("cached", cached_share(source))
-        parts.output(source, target, scheme, threads)
+        rest()
         with quantized(source, work, scheme, device) as (_, summary):
             take("engine", summary["seconds"])
             take("flush", summary["flush_seconds"])
         take("cached", cached_share(source))
     trace = work / "timeline.json"
+    rest()
     with quantized(source, work, scheme, device, timeline=trace) as (_, summary):
         timeline_s = summary["seconds"]
     medians = {name: statistics.median(seen) for name, seen in times.items()}
