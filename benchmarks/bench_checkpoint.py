@@ -13,12 +13,11 @@ On the CPU the parts are the kernels alone, over a new map of the same warm file
 the same output bytes alone, both with the engine's pieces and threads (parts.py). Before each write and each run of the
 engine the machine rests until everything is on the disk and memory that was freed is back with the host of a virtual
 machine. Getting it again costs more than writing; without the rest, whoever is quicker gets more of it for nothing.
-Cores share the memory behind them:
-where two threads do the same work less than 1.6 times as fast as one, kernels and write do not run beside each other
-for nothing, and what the engine is compared with is their sum; otherwise the larger. On a GPU the parts are the copy
-over the link from page-locked memory, the read out of the page cache, and the write; the engine is compared with the
-slowest. The engine's seconds are without the final flush, which stands beside them; reading, planning, layout, hashes
-and manifest are in them.
+Cores share the memory behind them: where two threads do the same work less than 1.6 times as fast as one, kernels and
+write do not run beside each other for nothing, and what the engine is compared with is their sum; otherwise the larger.
+On a GPU the parts are the copy over the link from page-locked memory, the read out of the page cache, and the write;
+the engine is compared with the slowest. The engine's seconds are without the final flush, which stands beside them;
+reading, planning, layout, hashes and manifest are in them.
 
 The peers quantize the tensors of one layer that are in memory already, without reading or writing files.
 """
@@ -83,6 +82,12 @@ def drop_cache(source: Path) -> str:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return "posix_fadvise(DONTNEED)"
     return "/proc/sys/vm/drop_caches"
+
+
+def rest() -> None:
+    """Until what was written is on the disk, and a host has had time to take back what was freed."""
+    os.sync()
+    time.sleep(REST)
 
 
 def load_all(source: Path) -> float:
