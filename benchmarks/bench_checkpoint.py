@@ -415,7 +415,8 @@ def main() -> None:
             return
         results = dense(arguments, Path(folder))
     show(results)
-    path = arguments.out / ("checkpoint.json" if arguments.device == "cpu" else "checkpoint_gpu.json")
+    model = "" if arguments.model == "llama-2-7b" else f"_{arguments.model}"
+    path = arguments.out / f"checkpoint{model}{'' if arguments.device == 'cpu' else '_gpu'}.json"
     write(path, rounded(results))
     pictures.draw(path, pictures.checkpoint)
 
