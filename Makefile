@@ -79,7 +79,7 @@ bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers and checkpo
 	$(bench_python) benchmarks/bench_arrowquant_v2.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --model mistral-7b --rounds 3 --without-peers --out $(OUT)
-	$(bench_python) benchmarks/bench_checkpoint.py --model qwen3-30b-a3b --layers 8 --rounds 3 --without-peers --out $(OUT)
+	$(bench_python) benchmarks/bench_checkpoint.py --model qwen3-30b-a3b --layers 6 --rounds 3 --without-peers --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --simulate h200 --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --memory --out $(OUT)
 	$(bench_python) benchmarks/bench_scaling.py --out $(OUT)
