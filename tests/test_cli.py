@@ -300,13 +300,15 @@ def test_help_teaches(command: list[str]) -> None:
     assert run("--version").stdout == f"arrowquant {arrowquant_gpu.__version__}\n"
 
 
-def test_progress_is_drawn_on_a_terminal_only(weights: Path, tmp_path: Path) -> None:
-    arguments = [*COMMAND, "quantize", weights, tmp_path / "a.parquet", "--device", "reference"]
+def test_progress_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
+    """The source is large enough for more than one report of progress: a rate takes two."""
+    source = sparse_llama(tmp_path / "source", 0.25)
+    arguments = [*COMMAND, "quantize", source, tmp_path / "a", "--device", "cpu"]
     piped = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, check=True)
     assert piped.stderr == b""
     assert b"\x1b" not in piped.stdout
     ours, theirs = pty.openpty()
-    arguments[5] = tmp_path / "b.parquet"
+    arguments[5] = tmp_path / "b"
     process = subprocess.Popen(
         arguments, env={**ENVIRONMENT, "TERM": "xterm"}, stdout=subprocess.DEVNULL, stderr=theirs
     )
