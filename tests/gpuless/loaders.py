@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,9 +65,7 @@ def ptx_of(source: str, defines: Mapping[str, str | int], arch: int) -> str:
     path = CACHE.parent / "ptx" / f"{nvrtc.key(source, defines, arch)}.ptx"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{hashlib.sha256(str(defines).encode()).hexdigest()[:8]}")
-        fresh.write_text(nvrtc.compile_source(source, defines, arch).ptx)
-        fresh.replace(path)
+        _write(path, nvrtc.compile_source(source, defines, arch).ptx)
     return path.read_text()
 
 
@@ -76,5 +75,13 @@ def stub_build(folder: Path, source: str, defines: Mapping[str, str | int], arch
     text = json.dumps(facts)
     path = folder / f"{source}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cubin"
     path.touch()
-    path.with_suffix(".json").write_text(text)
+    _write(path.with_suffix(".json"), text)
     return Cubin(path, path.stem, 0, 0)
+
+
+def _write(path: Path, text: str) -> None:
+    """Under another name first: the threads of two devices build the same variant at once, and read it."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fresh = Path(folder, path.name)
+        fresh.write_text(text)
+        fresh.replace(path)
