@@ -69,7 +69,9 @@ kernels: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## The 
 	$(dev) benchmarks/sass.py --out build
 
 soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full counts of the sampled suites (hours); record in OUT=benchmarks/results
-	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "soak and not gpu" --record $(OUT)/soak.json
+	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "soak and not gpu" --ignore tests/test_faults.py --ignore tests/test_resume.py --record $(OUT)/soak.json
+	$(dev) -m pytest -m soak tests/test_faults.py --record $(OUT)/soak_faults.json
+	$(dev) -m pytest -m soak tests/test_resume.py --record $(OUT)/soak_resume.json
 	$(dev) benchmarks/sass.py --out $(OUT)
 
 bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers and checkpoints beside copies, parts and peers, and peak memory; record in OUT
