@@ -295,23 +295,23 @@ def first_layer(source: Path) -> Iterator[np.ndarray]:
 def memory(work: Path, device: str, layers: int | None) -> dict[str, Any]:
     """Peak anonymous memory for a sparse 70B, as many layers of it as leave its output room on the disk.
 
-    All of them to compressed-tensors; to Parquet, whose writing takes as much whatever the model, an eighth of them.
+    To compressed-tensors, and to Parquet, whose writer keeps a footer that grows with the model.
     """
     name = "llama-2-70b"
     model = checkpoints.MODELS[name]
     layers = layers or checkpoints.most_layers(model, int(DISK_SHARE * shutil.disk_usage(work).free), 0.3)
+    source, n_bytes = work / "source", checkpoints.n_bytes(model.shapes(layers))
+    print(f"{name}, {layers} of {model.layers} layers, {n_bytes / 1e9:.1f} GB in sparse files")
+    checkpoints.make(source, model, layers, sparse=True)
     rows = []
-    for n, scheme, file_format, target in (
-        (layers, "int4_g128", "compressed-tensors", "output"),
-        (max(1, layers // 8), "int4_g128_asym", "parquet", "output.parquet"),
+    for scheme, file_format, target in (
+        ("int4_g128", "compressed-tensors", "output"),
+        ("int4_g128_asym", "parquet", "output.parquet"),
     ):
-        source, n_bytes = work / f"source-{n}", checkpoints.n_bytes(model.shapes(n))
-        print(f"{name}, {n} of {model.layers} layers, {n_bytes / 1e9:.1f} GB in sparse files: ", end="", flush=True)
-        checkpoints.make(source, model, n, sparse=True)
-        row = {"scheme": scheme, "format": file_format, "layers": n, "source_bytes": n_bytes}
+        row = {"scheme": scheme, "format": file_format, "layers": layers, "source_bytes": n_bytes}
         row |= peak(source, work, device, ["--scheme", scheme, "--format", file_format], target)
         rows.append(row)
-        print(f"{scheme}, {file_format}: peak anonymous {row['anonymous_mb']:.1f} MB ({row['seconds']:.0f} s)")
+        print(f"  {scheme}, {file_format}: peak anonymous {row['anonymous_mb']:.1f} MB ({row['seconds']:.0f} s)")
     return {"model": name, "of_layers": model.layers, "is_sparse": True, "device": device, "runs": rows}
 
 
