@@ -474,7 +474,7 @@ class RowFileTests:
             assert before[offset : offset + len(data)] == data
             counted[offset : offset + len(data)] += 1
         assert (counted == 1).all()
-        sink.abort()
+        sink.output.abort()
 
     def test_memory_does_not_grow_with_the_values(self, tmp_path: Path) -> None:
         """Of a model of 3 GB that is laid out, no more than a piece or two is ever in memory."""
@@ -511,7 +511,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
         sink.output.begin()
         with pytest.raises(FormatError, match="lays files out in a way that arrowquant does not know"):
             sink.open(model.entries, SOURCE, PROVENANCE)
-        sink.abort()
+        sink.output.abort()
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(("fault", "message"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
@@ -602,8 +602,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
         sink.open(model.entries, SOURCE, PROVENANCE)
         fill(sink, model)
         assert not path.exists()
-        sink.abort()
-        sink.abort()
+        sink.output.abort()
+        sink.output.abort()
         assert list(tmp_path.iterdir()) == []
 
     def test_an_existing_target_is_kept(self, file: Path) -> None:
@@ -611,7 +611,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
         sink = self.sink(Output(file, is_directory=False))
         with pytest.raises(TargetError, match="exists"):
             write(sink, small_model())
-        sink.abort()
+        sink.output.abort()
         assert file.read_bytes() == before
 
     def test_more_than_the_free_space_is_refused_at_once(self, tmp_path: Path) -> None:
@@ -620,12 +620,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
         sink.output.begin()
         with pytest.raises(TargetError, match=r"bytes are needed and .* are free"):
             sink.open([Entry(info, Scheme.parse("int4_g128"), "")], SOURCE, PROVENANCE)
-        sink.abort()
+        sink.output.abort()
         assert list(tmp_path.iterdir()) == []
 
     def test_a_failing_write_leaves_nothing(self, tmp_path: Path) -> None:
         sink = self.sink(Output(tmp_path / f"m{self.suffix}", is_directory=False))
         with small_files_only(), pytest.raises(TargetError, match=f"m{self.suffix}"):
             write(sink, small_model())
-        sink.abort()
+        sink.output.abort()
         assert list(tmp_path.iterdir()) == []

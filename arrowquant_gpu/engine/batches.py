@@ -14,7 +14,7 @@ from ..errors import DeviceError
 from ..formats.pieces import Piece
 from ..schemes import Scheme
 from . import Load
-from .loads import ALIGNMENT, sizes
+from .loads import ALIGNMENT, sizes, up
 
 Stage = Literal["h2d", "kernel", "d2h"]
 
@@ -145,8 +145,3 @@ def batches(load: Load, n_input: int, n_converted: int, n_results: int) -> Itera
             if not batch.add(load, piece, *rooms):
                 raise DeviceError(f"{load.file}, tensor {piece.entry.info.name}: a piece is larger than the slot")
     yield batch
-
-
-def up(n_bytes: int) -> int:
-    """Rounded up to ALIGNMENT."""
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

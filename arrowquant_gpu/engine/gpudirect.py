@@ -6,6 +6,7 @@ Where the machine has no GPUDirect Storage, kvikio itself reads through host mem
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class GdsReader(BufferedReader):
                 f"'arrowquant_gpu[gds13]' (or gds12, as the CUDA of the driver), or read buffered"
             ) from e
         self._open_cufile = kvikio.CuFile
+        self._lock = threading.Lock()
         self._cufiles: dict[Path, Any] = {}
 
     def read_device(self, load: Load, buffer: Any) -> Any:
@@ -75,7 +77,7 @@ class GdsReader(BufferedReader):
 
     def _cufile(self, file: Path) -> tuple[Any, int]:
         """The file as kvikio has it, and its size; opened when it is known to be the one whose header was read."""
-        n_bytes = os.fstat(self._descriptor(file)).st_size
+        n_bytes = os.fstat(self._descriptors.of(file)).st_size
         with self._lock:
             if file not in self._cufiles:
                 try:

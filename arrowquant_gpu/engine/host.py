@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..dtypes import DTYPES
 from ..formats import Codes
 from ..formats.pieces import Piece
 from . import Load, Reader, Result, Sizes, Solved
-from .loads import ALIGNMENT
+from .loads import up
 
 
 class HostDevice:
@@ -64,7 +65,7 @@ class HostSlot:
     def _codes(self, piece: Piece, weights: NDArray[np.generic], solved: Mapping[str, Solved]) -> Result:
         scheme, name = piece.entry.scheme, piece.entry.info.name
         assert scheme is not None
-        packed, scales, zeros = codes_in(self._results, piece)[0]
+        packed, scales, zeros = codes_in(self._results, piece)
         if scheme.granularity == "tensor":
             scales, zeros = solved[name]
             ops.encode_rows(weights, scheme, scales, zeros, packed, backend=self._backend)
@@ -78,18 +79,17 @@ def weights_view(raw: NDArray[np.uint8], piece: Piece) -> NDArray[np.generic]:
     return np.ndarray((piece.rows, piece.columns), DTYPES[piece.entry.info.dtype].numpy, raw)
 
 
-def codes_in(results: NDArray[np.uint8], piece: Piece, at: int = 0) -> tuple[Codes, int]:
-    """Arrays for the results of a piece in a buffer, from position `at` on, and the position after them."""
+def codes_in(results: Any, piece: Piece, at: int = 0) -> Codes:
+    """Arrays for the results of a piece, one after the other from position `at` of a buffer on the host or a device."""
     scheme = piece.entry.scheme
     assert scheme is not None
-    shape = piece.rows, piece.columns
-    arrays: list[NDArray[Any]] = []
-    parts: list[tuple[tuple[int, int], np.dtype[Any]]] = [(scheme.packed_shape(shape), np.dtype(np.uint8))]
-    parts.append((scheme.scales_shape(shape), np.dtype(DTYPES[scheme.scale_dtype].numpy)))
+    packed, scales = (of((piece.rows, piece.columns)) for of in (scheme.packed_shape, scheme.scales_shape))
+    parts: list[tuple[tuple[int, int], Any]] = [(packed, np.uint8), (scales, DTYPES[scheme.scale_dtype].numpy)]
     if not scheme.symmetric:
-        parts.append((scheme.scales_shape(shape), np.dtype(np.uint8)))
-    for dims, dtype in parts:
-        n = dims[0] * dims[1] * dtype.itemsize
-        arrays.append(results[at : at + n].view(dtype).reshape(dims))
-        at += -(-n // ALIGNMENT) * ALIGNMENT
-    return Codes(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None), at
+        parts.append((scales, np.uint8))
+    arrays = []
+    for shape, dtype in parts:
+        n = math.prod(shape) * np.dtype(dtype).itemsize
+        arrays.append(results[at : at + n].view(dtype).reshape(shape))
+        at += up(n)
+    return Codes(arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None)

@@ -15,6 +15,11 @@ from . import Load, Sizes
 ALIGNMENT = 256
 
 
+def up(n_bytes: int) -> int:
+    """Rounded up to ALIGNMENT."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
 def sizes(piece: Piece) -> Sizes:
     """Bytes of a piece, and of its results: codes, scales, zero points and counters, each rounded up to ALIGNMENT."""
     scheme = piece.entry.scheme
@@ -26,7 +31,7 @@ def sizes(piece: Piece) -> Sizes:
     if not scheme.symmetric:
         parts.append(n_scales)
     converted = 0 if piece.entry.info.dtype in KERNEL_DTYPES else 4 * piece.rows * piece.columns
-    return Sizes(piece.n_bytes, sum(-(-n // ALIGNMENT) * ALIGNMENT for n in parts), converted)
+    return Sizes(piece.n_bytes, sum(map(up, parts)), converted)
 
 
 class Queue:

@@ -75,7 +75,7 @@ class MappedReader:
         """A read-only view of the map; `buffer` is not used."""
         for piece in load.pieces:
             if piece.entry.scheme is None:
-                # A write straight from a map that is not in the page tables yet is half as fast.
+                # A write straight from a map waits for every page that is not in the page tables yet.
                 self._advise(load.file, piece.offset, piece.n_bytes, MADV_POPULATE_READ)
         return self._source.mapped(load.file)[load.offset : load.offset + load.n_bytes]
 
@@ -95,17 +95,36 @@ class MappedReader:
         """Nothing: the map belongs to the checkpoint."""
 
 
+class Descriptors:
+    """One descriptor for each file of a source, opened with `flags` when it is first asked for; for all threads."""
+
+    def __init__(self, source: Checkpoint, flags: int = 0) -> None:
+        self._source, self._flags = source, flags
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+
+    def of(self, file: Path) -> int:
+        """Raises SourceError where the file was changed since its header was read."""
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = self._source.descriptor(file, self._flags)
+            return self._descriptors[file]
+
+    def close(self) -> None:
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+
 class BufferedReader:
-    """Reads through the page cache. See `Reader`. Each file has one descriptor, for all threads."""
+    """Reads through the page cache. See `Reader`."""
 
     name = "buffered"
     slack: int | None = LINE - 1
     notes: tuple[str, ...] = ()
 
     def __init__(self, source: Checkpoint) -> None:
-        self._source = source
-        self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors = Descriptors(source)
 
     def read(self, load: Load, buffer: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         """The bytes, in `buffer` at an address that is their position in the file modulo LINE."""
@@ -114,24 +133,16 @@ class BufferedReader:
         start = (load.offset - buffer.ctypes.data) % LINE
         memory = buffer[start : start + load.n_bytes]
         if load.n_bytes:
-            _fill(self._descriptor(load.file), load, memory, 0, 1)
+            _fill(self._descriptors.of(load.file), load, memory, 0, 1)
         return memory
 
     def expect(self, load: Load) -> None:
         """Start reading ahead."""
         if load.n_bytes:
-            os.posix_fadvise(self._descriptor(load.file), load.offset, load.n_bytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._descriptors.of(load.file), load.offset, load.n_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
-
-    def _descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = self._source.descriptor(file)
-            return self._descriptors[file]
+        self._descriptors.close()
 
 
 class DirectReader:
@@ -144,9 +155,8 @@ class DirectReader:
     slack: int | None = 3 * (BLOCK - 1)
 
     def __init__(self, source: Checkpoint) -> None:
-        self._source = source
+        self._descriptors = Descriptors(source, os.O_DIRECT)
         self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
         self._refused: set[Path] = set()
         self._buffered = BufferedReader(source)
         self.notes: tuple[str, ...] = ()
@@ -159,7 +169,7 @@ class DirectReader:
         memory = buffer[begin : begin + -(-(head + load.n_bytes) // BLOCK) * BLOCK]
         if load.n_bytes and load.file not in self._refused:
             try:
-                _fill(self._descriptor(load.file), load, memory, head, BLOCK)
+                _fill(self._descriptors.of(load.file), load, memory, head, BLOCK)
             except SourceError as e:
                 if not isinstance(e.__cause__, OSError) or e.__cause__.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
@@ -174,16 +184,8 @@ class DirectReader:
             self._buffered.expect(load)
 
     def close(self) -> None:
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self._descriptors.close()
         self._buffered.close()
-
-    def _descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = self._source.descriptor(file, os.O_DIRECT)
-            return self._descriptors[file]
 
     def _refuse(self, file: Path) -> None:
         """From now on this file is buffered. Its descriptor stays open: another thread may be reading from it."""

@@ -11,7 +11,7 @@ from ..dtypes import KERNEL_DTYPES
 from ..errors import InputError
 from ..formats import Checkpoint
 from ..formats.pieces import PIECE_BYTES, Piece
-from . import Device, Sizes
+from . import Device, Reader, Sizes
 from .host import HostDevice
 from .loads import sizes
 from .readers import open_reader
@@ -49,23 +49,23 @@ def open_devices(
             "validate on the host. Choose another --read, or --read auto."
         )
     smallest = Sizes(*(max(column, default=0) for column in zip(*map(sizes, pieces), strict=True)))
-    hosts = {name: get_backend(name, threads) for name in names if not name.startswith("cuda")}
     room = None if memory_limit is None else max(0, memory_limit - anonymous_bytes() - RESERVE) // len(names)
     with contextlib.ExitStack() as stack:
         devices: list[Device] = []
         for name in names:
-            is_host = name in hosts
+            is_host = not name.startswith("cuda")
             reader = open_reader(("mapped" if is_host else "buffered") if read == "auto" else read, source)
             stack.callback(reader.close)
             if is_host:
-                most = min(getattr(hosts[name], "threads", 1), max(1, len(pieces)))
-                each = smallest.results + (0 if reader.slack is None else smallest.source + reader.slack)
-                each += _scratch(pieces, validate)
-                n = most if room is None else min(most, room // max(1, each))
+                n_threads = getattr(get_backend(name, threads), "threads", 1)
+                each = _host_bytes(reader, smallest, pieces, validate)
+                n = min(n_threads, max(1, len(pieces)))
+                if room is not None:
+                    n = min(n, room // max(1, each))
                 if n < 1:
                     raise InputError(_too_small(memory_limit or 0, each * len(names)))
-                backend = get_backend(name, -(-getattr(hosts[name], "threads", 1) // n))
-                device: Device = HostDevice(backend, reader, smallest, n)
+                # Threads that have no slot help those that have one.
+                device: Device = HostDevice(get_backend(name, -(-n_threads // n)), reader, smallest, n)
             else:
                 from .cuda import open_cuda
 
@@ -77,12 +77,13 @@ def open_devices(
         yield devices
 
 
-def _scratch(pieces: Sequence[Piece], validate: bool) -> int:
-    """Bytes that a slot takes for a while beside its buffers: decoded weights, and weights that are converted."""
+def _host_bytes(reader: Reader, smallest: Sizes, pieces: Sequence[Piece], validate: bool) -> int:
+    """Bytes of a slot on the host: its buffers, and while it is at work decoded weights and weights converted."""
+    buffers = smallest.results + (0 if reader.slack is None else smallest.source + reader.slack)
     quantized = [p for p in pieces if p.entry.scheme is not None]
     weights = 4 * max((p.rows * p.columns for p in quantized), default=0)
     is_converted = any(p.entry.info.dtype not in KERNEL_DTYPES for p in quantized)
-    return weights * (int(validate) + int(is_converted))
+    return buffers + weights * (int(validate) + int(is_converted))
 
 
 def _too_small(limit: int, rings: int) -> str:

@@ -27,8 +27,9 @@ from ..formats.pieces import Piece
 from ..reference import to_float32
 from ..schemes import Scheme
 from . import Load, Reader, Result, Sizes, Solved
-from .batches import SEAMS, Batch, Placed, Stage, batches, up
+from .batches import SEAMS, Batch, Placed, Stage, batches
 from .host import codes_in, weights_view
+from .loads import up
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ class StreamedSlot:
         weights = np.empty(0, DTYPES[piece.entry.info.dtype].numpy) if read.data is None else read.weights(piece)
         codes = None
         if not read.load.is_range:
-            codes = codes_in(self._results, piece, 0 if placed is None else placed.codes)[0]
+            codes = codes_in(self._results, piece, 0 if placed is None else placed.codes)
         if placed is None:  # without weights
             return Result(piece, weights, codes, bounds=(0.0, 0.0) if read.load.is_range else None)
         if placed.counter is None:
@@ -241,7 +242,7 @@ class StreamedSlot:
             if placed.is_converted:
                 self._convert(read.weights(piece), placed.input)
             if placed.given is not None:
-                _give(codes_in(self._results, piece, placed.codes)[0], read.solved[piece.entry.info.name])
+                _give(codes_in(self._results, piece, placed.codes), read.solved[piece.entry.info.name])
         try:
             with self._submitting:
                 marks = self._submit(name, read, batch)
@@ -305,7 +306,7 @@ class StreamedSlot:
         if read.load.is_range:
             self._streams.value_range(x, batch.counters(self._device_results, placed))
             return
-        packed, scales, zeros = codes_in(self._device_results, piece, placed.codes)[0]
+        packed, scales, zeros = codes_in(self._device_results, piece, placed.codes)
         if placed.given is not None:
             self._streams.encode(x, scheme, scales, zeros, packed)
         else:

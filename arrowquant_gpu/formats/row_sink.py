@@ -33,7 +33,7 @@ class _Laid(NamedTuple):
 class RowSink(abc.ABC):
     """A Sink that makes one file of rows, named like its output: each piece is one. Any shape can be carried.
 
-    The output may hold other files beside this one; `commit` and `abort` are those of the output. `compression` is
+    The output may hold other files beside this one; `commit` is that of the output. `compression` is
     None or "zstd", which makes kept float tensors smaller, and codes hardly: the file is then written a second time by
     `commit`, and both are on the disk until it ends.
     """
@@ -82,6 +82,7 @@ class RowSink(abc.ABC):
         Raises TargetError where it is larger than the free space.
         """
         target = self.output.target
+        # Said now: `create` would find it out after laying out, which takes seconds for a large model.
         needed, free = sum(map(self.n_bytes, entries)), shutil.disk_usage(target.parent).free
         # A run that is resumed has its space already.
         if (file := self.output.path(target.name)).exists():
@@ -129,10 +130,6 @@ class RowSink(abc.ABC):
                 self._rewrite(path, packed, self._schema)
                 packed.replace(path)
         return self.output.commit()
-
-    def abort(self) -> None:
-        """See `Sink`."""
-        self.output.abort()
 
     def _noted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The rows as they pass, with the sizes of their places."""
