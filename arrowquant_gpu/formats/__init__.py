@@ -33,6 +33,23 @@ class TensorInfo:
     n_bytes: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Diffusion:
+    """What is known of a tensor of a diffusion model beside its weights; docs/diffusion.md says what each means.
+
+    modality: text, code, image or audio
+    divisors: float32, one for each column; the weights are divided by them before they are quantized, and what is
+        decoded must be multiplied by them. None where the weights are quantized as they are
+    time_aware, spatial, activation_stats: JSON, as the columns of V2 Extended of that name hold it
+    """
+
+    modality: str
+    divisors: NDArray[np.float32] | None = None
+    time_aware: str | None = None
+    spatial: str | None = None
+    activation_stats: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What happens to one tensor: quantized with `scheme`, or, where that is None, copied as it is; and why."""
@@ -40,6 +57,7 @@ class Entry:
     info: TensorInfo
     scheme: Scheme | None
     reason: str
+    diffusion: Diffusion | None = None
 
 
 class Codes(NamedTuple):
