@@ -63,7 +63,7 @@ class Result(NamedTuple):
 class Sizes(NamedTuple):
     """Bytes: of source read by one load, and of results (codes, scales, zero points, each rounded up) it gives.
 
-    converted: of weights as float32, where kernels cannot read the source's type
+    converted: of weights as float32, where kernels cannot read them as they lie in the source, see converted.py
     """
 
     source: int

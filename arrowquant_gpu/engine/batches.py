@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 
 from ..backends.counters import COUNTERS
-from ..dtypes import KERNEL_DTYPES
 from ..errors import DeviceError
 from ..formats.pieces import Piece
 from ..schemes import Scheme
@@ -100,8 +99,7 @@ class Batch:
 
     def _place(self, load: Load, piece: Piece, scheme: Scheme) -> Placed:
         need = sizes(piece)
-        is_converted = piece.entry.info.dtype not in KERNEL_DTYPES
-        if is_converted:
+        if need.converted:
             at = self.n_converted
             self.n_converted = up(at + need.converted)
         else:
@@ -115,7 +113,7 @@ class Batch:
         else:
             counter = self.n_counters
             self.n_counters += 1
-        return Placed(at, is_converted, codes, given, counter)
+        return Placed(at, need.converted > 0, codes, given, counter)
 
     def _copied(self, start: int, n_bytes: int) -> int:
         """Add bytes of the load to what is copied; returns where they are in the device input."""

@@ -14,7 +14,9 @@ from ..backends import Backend
 from ..dtypes import DTYPES
 from ..formats import Codes
 from ..formats.pieces import Piece
+from ..reference import Findings
 from . import Load, Reader, Result, Sizes, Solved
+from .converted import convert, divisors_of
 from .loads import up
 
 
@@ -41,6 +43,8 @@ class HostSlot:
         self.sizes = sizes
         self._backend, self._reader = backend, reader
         self._results = np.empty(sizes.results, np.uint8)
+        # Memory only where columns are divided: weights of other types are converted by `ops`, block by block.
+        self._converted = np.empty(sizes.converted, np.uint8)
         self._source = None if reader.slack is None else np.empty(sizes.source + reader.slack, np.uint8)
 
     def run(self, load: Load, solved: Mapping[str, Solved]) -> Generator[Result, None, None]:
@@ -55,23 +59,33 @@ class HostSlot:
                 continue
             weights = weights_view(raw, piece)
             with trace.span("kernel", piece.entry.info.name, piece.n_bytes):
-                result = self._range(piece, weights) if load.is_range else self._codes(piece, weights, solved)
+                x = self._divided(piece, weights)
+                if load.is_range:
+                    low, high, findings = ops.range_of_rows(x, backend=self._backend)
+                    result = Result(piece, weights, None, findings, (low, high))
+                else:
+                    codes, findings = self._codes(piece, x, solved)
+                    result = Result(piece, weights, codes, findings)
             yield result
 
-    def _range(self, piece: Piece, weights: NDArray[np.generic]) -> Result:
-        low, high, findings = ops.range_of_rows(weights, backend=self._backend)
-        return Result(piece, weights, None, findings, (low, high))
+    def _divided(self, piece: Piece, weights: NDArray[Any]) -> NDArray[Any]:
+        """The weights that are to be quantized."""
+        if (divisors := divisors_of(piece)) is None:
+            return weights
+        x = self._converted[: 4 * weights.size].view(np.float32).reshape(weights.shape)
+        convert(weights, divisors, x)
+        return x
 
-    def _codes(self, piece: Piece, weights: NDArray[np.generic], solved: Mapping[str, Solved]) -> Result:
+    def _codes(self, piece: Piece, x: NDArray[Any], solved: Mapping[str, Solved]) -> tuple[Codes, Findings]:
         scheme, name = piece.entry.scheme, piece.entry.info.name
         assert scheme is not None
         packed, scales, zeros = codes_in(self._results, piece)
         if scheme.granularity == "tensor":
             scales, zeros = solved[name]
-            ops.encode_rows(weights, scheme, scales, zeros, packed, backend=self._backend)
-            return Result(piece, weights, Codes(packed, scales, zeros))
-        findings = ops.quantize_rows(weights, scheme, packed, scales, zeros, backend=self._backend)
-        return Result(piece, weights, Codes(packed, scales, zeros), findings)
+            ops.encode_rows(x, scheme, scales, zeros, packed, backend=self._backend)
+            return Codes(packed, scales, zeros), Findings()
+        findings = ops.quantize_rows(x, scheme, packed, scales, zeros, backend=self._backend)
+        return Codes(packed, scales, zeros), findings
 
 
 def weights_view(raw: NDArray[np.uint8], piece: Piece) -> NDArray[np.generic]:

@@ -7,9 +7,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..dtypes import DTYPES
 from ..formats.pieces import Piece
 from . import Load, Sizes
+from .converted import is_converted
 
 # Results begin on a multiple of this, which suits every device.
 ALIGNMENT = 256
@@ -30,7 +31,7 @@ def sizes(piece: Piece) -> Sizes:
     parts = [math.prod(scheme.packed_shape(shape)), n_scales * DTYPES[scheme.scale_dtype].bits // 8, ALIGNMENT]
     if not scheme.symmetric:
         parts.append(n_scales)
-    converted = 0 if piece.entry.info.dtype in KERNEL_DTYPES else 4 * piece.rows * piece.columns
+    converted = 4 * piece.rows * piece.columns if is_converted(piece) else 0
     return Sizes(piece.n_bytes, sum(map(up, parts)), converted)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..backends import get_backend
-from ..dtypes import KERNEL_DTYPES
 from ..errors import InputError
 from ..formats import Checkpoint
 from ..formats.pieces import PIECE_BYTES, Piece
 from . import Device, Reader, Sizes
+from .converted import is_converted
 from .host import HostDevice
 from .loads import sizes
 from .readers import open_reader
@@ -82,8 +82,7 @@ def _host_bytes(reader: Reader, smallest: Sizes, pieces: Sequence[Piece], valida
     buffers = smallest.results + (0 if reader.slack is None else smallest.source + reader.slack)
     quantized = [p for p in pieces if p.entry.scheme is not None]
     weights = 4 * max((p.rows * p.columns for p in quantized), default=0)
-    is_converted = any(p.entry.info.dtype not in KERNEL_DTYPES for p in quantized)
-    return buffers + weights * (int(validate) + int(is_converted))
+    return buffers + weights * (int(validate) + int(any(map(is_converted, quantized))))
 
 
 def _too_small(limit: int, rings: int) -> str:

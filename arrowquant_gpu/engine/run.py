@@ -18,6 +18,7 @@ from ..formats.pieces import Piece
 from ..reference import Findings
 from ..schemes import rows_and_length
 from . import Device, Load, Progress, Result, Slot, Solved
+from .converted import divisors_of, recover
 from .figures import Errors, Figures, errors
 from .hashes import piece_digest, tensor_hash
 from .interrupts import no_interrupt
@@ -247,6 +248,7 @@ class _Work:
             room = self._scratch.decoded = np.empty(n, np.float32)
         out = room[:n].reshape(piece.rows, piece.columns)
         ops.dequantize_rows(codes.packed, codes.scales, codes.zeros, scheme, out, backend=get_backend("cpu", 1))
+        recover(out, divisors_of(piece))
         return out
 
     def stop(self) -> None:

@@ -24,10 +24,10 @@ from ..dtypes import DTYPES
 from ..errors import DeviceError, DeviceMemoryError, InputError
 from ..formats import Codes
 from ..formats.pieces import Piece
-from ..reference import to_float32
 from ..schemes import Scheme
 from . import Load, Reader, Result, Sizes, Solved
 from .batches import SEAMS, Batch, Placed, Stage, batches
+from .converted import convert, divisors_of
 from .host import codes_in, weights_view
 from .loads import up
 
@@ -37,8 +37,6 @@ STAGES: tuple[Stage, ...] = ("h2d", "kernel", "d2h")
 
 # So many slots keep every stage busy. Where memory is limited, smaller slots are better than fewer.
 ENOUGH = 4
-# Weights converted to float32 at a time: their float32 form is still in the cache when it is copied.
-CONVERTED = 1 << 16
 
 
 class Streams(Protocol):
@@ -240,7 +238,9 @@ class StreamedSlot:
         name = next(batch.work())[0].entry.info.name
         for piece, placed in batch.work():
             if placed.is_converted:
-                self._convert(read.weights(piece), placed.input)
+                x = read.weights(piece)
+                room = self._converted[placed.input : placed.input + 4 * x.size]
+                convert(x, divisors_of(piece), room.view(np.float32).reshape(x.shape))
             if placed.given is not None:
                 _give(codes_in(self._results, piece, placed.codes), read.solved[piece.entry.info.name])
         try:
@@ -256,12 +256,6 @@ class StreamedSlot:
             if start is not None:
                 times = self._streams.time(start), self._streams.time(end)
                 trace.record(stage, name, *times, batch.bytes_of(stage), track=f"{self._streams.name} {stage}")
-
-    def _convert(self, x: NDArray[Any], at: int) -> None:
-        flat = x.reshape(-1)
-        target = self._converted[at : at + 4 * flat.size].view(np.float32)
-        for start in range(0, flat.size, CONVERTED):
-            target[start : start + CONVERTED] = to_float32(flat[start : start + CONVERTED])
 
     def _submit(self, name: str, read: _Read, batch: Batch) -> dict[Stage, tuple[Any, Any]]:
         """Enqueue all stages of a batch. Returns the events around each; those before it only for a timeline."""
