@@ -24,6 +24,7 @@ Offsets are 64 bits wide, so a cell may be larger than 2 GiB.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ VERSION = "1"
 
 # Without these a row cannot be decoded. The others repeat what they say, or have a default.
 _REQUIRED = ("shape", "dtype", "data", "scales", "zero_points", "scheme")
+# Tables of results (tables/results.py) have the packed codes under this name.
+_OTHER_NAMES = {"data": "quantized_data"}
 
 
 def schema(scale_dtype: str) -> pa.Schema:
@@ -182,7 +185,9 @@ def read(batch: pa.RecordBatch | pa.Table, i: int = 0) -> tuple[str, QuantizedTe
     The tensor is a QuantizedTensor, or for quant_type none a NumPy array (flat uint8 for sub-byte dtypes). A row that
     is one of several holds rows `row_offset` and following of its tensor, and comes back as [rows, length]. The arrays
     are read-only and keep the buffers alive. Scales that were widened to float32 are narrowed (a copy) to what the
-    scheme calls for; other columns, and 32-bit variants of the list, binary and string types, are accepted.
+    scheme calls for; other columns, and 32-bit variants of the list, binary and string types, are accepted. So are the
+    rows of a table of results, which have `quantized_data` for `data` and a shape of int64. To read every row of a
+    table take `read_all`.
 
         >>> import numpy as np
         >>> name, norm = read(copied_row("norm", np.ones(3, np.float16), (3,), "float16"))
@@ -191,16 +196,53 @@ def read(batch: pa.RecordBatch | pa.Table, i: int = 0) -> tuple[str, QuantizedTe
 
     Raises InputError, naming row and column, for a missing column, a null, and values that contradict one another.
     """
-    version = (batch.schema.metadata or {}).get(b"arrowquant.version", VERSION.encode())
-    if version != VERSION.encode():
-        raise InputError(f"columns of version {version.decode()}: this package reads version {VERSION}; update it")
-    if missing := [c for c in _REQUIRED if c not in batch.schema.names]:
-        raise InputError(f"columns {', '.join(missing)} are missing; the table has {', '.join(batch.schema.names)}")
+    columns = _columns_of(batch.schema)
     if not 0 <= i < batch.num_rows:
         raise InputError(f"row {i}: the table has {batch.num_rows} rows")
-    cell = _Row(batch, i)
+    return _read(_Row(batch, columns, i, i))
+
+
+def read_all(batch: pa.RecordBatch | pa.Table) -> Iterator[tuple[str, QuantizedTensor | NDArray[Any]]]:
+    """Every row in order, as `read` gives it. However many there are, each is looked for only in its own batch.
+
+        >>> import numpy as np
+        >>> table = pa.Table.from_batches([copied_row(name, np.ones(2, np.int8), (2,), "int8") for name in "ab"])
+        >>> [(name, x.tolist()) for name, x in read_all(table)]
+        [('a', [1, 1]), ('b', [1, 1])]
+
+    Raises InputError as `read` does, once it comes to the row.
+    """
+    columns = _columns_of(batch.schema)
+    before = 0
+    for part in [batch] if isinstance(batch, pa.RecordBatch) else batch.to_batches():
+        for i in range(part.num_rows):
+            yield _read(_Row(part, columns, i, before + i))
+        before += part.num_rows
+
+
+def _columns_of(schema: pa.Schema) -> dict[str, int]:
+    """Where each column is, by the names of this module."""
+    version = (schema.metadata or {}).get(b"arrowquant.version", VERSION.encode())
+    if version != VERSION.encode():
+        raise InputError(f"columns of version {version.decode()}: this package reads version {VERSION}; update it")
+    columns = {name: i for i, name in enumerate(schema.names)}
+    if len(columns) < len(schema.names):
+        raise InputError(f"the table has two columns of one name: {', '.join(schema.names)}")
+    for name, other in _OTHER_NAMES.items():
+        if other in columns and name in columns:
+            raise InputError(f"the table has a column {name} and a column {other}: which one holds is not known")
+        if other in columns:
+            columns[name] = columns.pop(other)
+    if missing := [c for c in _REQUIRED if c not in columns]:
+        raise InputError(f"columns {', '.join(missing)} are missing; the table has {', '.join(schema.names)}")
+    return columns
+
+
+def _read(cell: _Row) -> tuple[str, QuantizedTensor | NDArray[Any]]:
     name = cell.get("layer_name") or ""
     shape, dtype = tuple(cell.need("shape")), cell.need("dtype")
+    if any(n is None or n < 0 for n in shape):
+        raise InputError(f"{cell.where}: shape {list(shape)} has a null or a negative size")
     if dtype not in DTYPES:
         raise InputError(f"{cell.where}: dtype {dtype!r} is not known")
     data = cell.bytes_of("data")
@@ -257,19 +299,19 @@ def _copied(cell: _Row, data: NDArray[np.uint8], shape: tuple[int, ...], dtype: 
 
 
 class _Row:
-    """Cells of one row, with errors that say which one it was."""
+    """Cells of row `i`, with errors that say which one it was: `number`."""
 
-    def __init__(self, batch: pa.RecordBatch | pa.Table, i: int):
-        self._batch, self._i = batch, i
-        self.where = f"row {i}"
+    def __init__(self, batch: pa.RecordBatch | pa.Table, columns: dict[str, int], i: int, number: int):
+        self._batch, self._columns, self._i = batch, columns, i
+        self.where = f"row {number}"
         if name := self.get("layer_name"):
             self.where += f" ({name})"
 
     def cell(self, column: str) -> pa.Array | None:
         """The cell as an array of one value, or None where it is null or the table has no such column."""
-        if column not in self._batch.schema.names:
+        if column not in self._columns:
             return None
-        cell = self._batch.column(column).slice(self._i, 1)
+        cell = self._batch.column(self._columns[column]).slice(self._i, 1)
         if isinstance(cell, pa.ChunkedArray):
             cell = cell.chunk(0)
         return None if cell.null_count else cell

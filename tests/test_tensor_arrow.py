@@ -21,6 +21,9 @@ from .bitwise import assert_bitwise_equal
 from .producers import StreamProducer
 from .quantized import EVERY_KIND, SHAPES, arrays, check_equal, quantized
 
+# Lives as long as anything that was allocated in it, in the traceback of a failure too.
+COUNTED = pa.proxy_memory_pool(pa.default_memory_pool())
+
 
 def check_same_memory(got: QuantizedTensor, want: QuantizedTensor) -> None:
     for name, a in arrays(want).items():
@@ -222,6 +225,78 @@ class TestRead:
         table = table.drop(["chunk", "n_chunks", "row_offset"])
         check_equal(QuantizedTensor.from_arrow(table), q)
 
+    @pytest.mark.parametrize("scheme", ["int4_g16_asym", "int3_channel_f16", "int8_tensor_bf16"])
+    @pytest.mark.parametrize("list_of", [pa.list_, pa.large_list])
+    def test_rows_of_a_table_of_results(self, scheme: str, list_of: Any) -> None:
+        """quantized_data for data, a signed shape, scales and zero points in lists of either width."""
+        want = [quantized(scheme, (3, 40)), quantized(scheme, (7, 21))]
+        scales = [q.scales.astype(np.float32).ravel().tolist() for q in want]
+        zeros = [None if q.zeros is None else q.zeros.ravel().tolist() for q in want]
+        table = pa.table(
+            {
+                "layer_name": pa.array(["a", "b"], pa.large_string()),
+                "quantized_data": pa.array([q.packed.tobytes() for q in want], pa.large_binary()),
+                "scales": pa.array(scales, list_of(pa.float32())),
+                "zero_points": pa.array(zeros, list_of(pa.uint8())),
+                "shape": pa.array([q.shape for q in want], pa.list_(pa.int64())),
+                "bit_width": pa.array([q.scheme.bits for q in want], pa.uint8()),
+                "scheme": [q.scheme.id for q in want],
+                "dtype": [q.dtype for q in want],
+            }
+        )
+        for i, q in enumerate(want):
+            check_equal(QuantizedTensor.from_arrow(table, i), q)
+        found = list(arrow_columns.read_all(table))
+        assert [name for name, _ in found] == ["a", "b"]
+        for (_, tensor), q in zip(found, want, strict=True):
+            check_equal(tensor, q)
+
+    def test_both_names_of_the_codes_are_refused(self) -> None:
+        batch = quantized().to_arrow("w")
+        both = batch.append_column("quantized_data", batch["data"])
+        with pytest.raises(InputError, match="a column data and a column quantized_data"):
+            arrow_columns.read(both)
+
+    def test_two_columns_of_one_name_are_refused(self) -> None:
+        batch = quantized().to_arrow("w")
+        with pytest.raises(InputError, match="two columns of one name"):
+            arrow_columns.read(batch.append_column("scales", batch["scales"]))
+
+    def test_all_rows_in_their_own_batches(self) -> None:
+        """Of a table of several batches every row is read once, in order, in place, and named by its number."""
+        want = [quantized("int4_g16_asym", (n, 40)) for n in range(1, 8)]
+        rows = [q.to_arrow(f"w{i}") for i, q in enumerate(want)]
+        empty = rows[0].slice(0, 0)
+        table = pa.Table.from_batches([rows[0], pa.concat_batches(rows[1:4]), empty, pa.concat_batches(rows[4:])])
+        found = list(arrow_columns.read_all(table))
+        assert [name for name, _ in found] == [f"w{i}" for i in range(7)]
+        for (_, tensor), q in zip(found, want, strict=True):
+            check_equal(tensor, q)
+        check_same_memory(found[0][1], want[0])
+        torn = pa.Table.from_batches([*rows[:5], replaced(rows[5], "data", b"x")])
+        with pytest.raises(InputError, match=r"^row 5 \(w5\): data has 1 items"):
+            list(arrow_columns.read_all(torn))
+
+    def test_a_row_costs_what_it_holds(self) -> None:
+        """Columns of a type that must be converted are converted row by row, never as a whole."""
+        q = quantized("int4_g16_asym", (64, 256))
+        table = pa.Table.from_batches([q.to_arrow(str(i)) for i in range(200)]).combine_chunks()
+        i = table.schema.get_field_index("data")
+        table = table.set_column(i, "data", table["data"].cast(pa.binary_view()))
+
+        def read() -> None:
+            for _, tensor in arrow_columns.read_all(table):
+                check_equal(tensor, q)
+            arrow_columns.read(table, 199)
+
+        default = pa.default_memory_pool()
+        pa.set_memory_pool(COUNTED)
+        try:
+            read()
+        finally:
+            pa.set_memory_pool(default)
+        assert 0 < COUNTED.max_memory() < 4 * q.packed.nbytes
+
     def test_bfloat16_scales_without_their_mark(self) -> None:
         q = quantized("int4_g16_bf16")
         batch = q.to_arrow()
@@ -277,6 +352,11 @@ class TestRead:
         ),
         "null data": (lambda b: replaced(b, "data", None), r"row 0 \(w\): data is null"),
         "null shape": (lambda b: replaced(b, "shape", None), r"row 0 \(w\): shape is null"),
+        "a negative size": (
+            lambda b: replaced(b, "shape", [-3, -40], pa.list_(pa.int64())),
+            r"\(w\): shape \[-3, -40\] has a null or a negative size",
+        ),
+        "a null size": (lambda b: replaced(b, "shape", [3, None]), r"\(w\): shape \[3, None\] has a null"),
         "null scales": (lambda b: replaced(b, "scales", None), r"row 0 \(w\): scales is null"),
         "null zero points": (lambda b: replaced(b, "zero_points", None), r"row 0 \(w\): zero_points is null"),
         "a null scale": (lambda b: replaced(b, "scales", [1.0, None]), r"row 0 \(w\): scales has 1 nulls"),
