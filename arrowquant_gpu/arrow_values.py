@@ -6,6 +6,7 @@ metadata {"arrowquant.dtype": "bfloat16"}.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,18 @@ def field(name: str, dtype: str) -> pa.Field:
         return pa.field(name, _BITS[row.bits], metadata={DTYPE_KEY: dtype.encode()})
 
 
+def empty(shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """A new uninitialised array in memory of Arrow's pool.
+
+    The pool keeps pages of results that are gone for those to come, where NumPy gives them back to the system and gets
+    zeroed ones: that takes as long as quantizing.
+    """
+    kind, size = np.dtype(dtype), math.prod(shape) if isinstance(shape, tuple) else shape
+    if size == 0:
+        return np.empty(shape, kind)
+    return np.frombuffer(pa.allocate_buffer(size * kind.itemsize), kind, size).reshape(shape)
+
+
 def buffer(a: NDArray[Any]) -> pa.Buffer:
     """The memory of an array as a buffer that keeps it alive; of an array that is not row-major, a copy."""
     return pa.py_buffer(np.ascontiguousarray(a))
@@ -53,7 +66,7 @@ def to_numpy(a: pa.Array, marked_as: str = "", *, name: str) -> NDArray[Any]:
     Raises InputError for marks of other widths or unknown types.
     """
     row, values = DTYPES.get(marked_as), a.to_numpy(zero_copy_only=True)
-    if marked_as in ("", values.dtype.name):
+    if not marked_as or marked_as == values.dtype.name:
         return values  # type: ignore[no-any-return]
     if row is None or row.numpy is None or marked_as not in WEIGHT_DTYPES:
         raise InputError(f"{name}: {a.type} values marked as {marked_as!r}, which cannot be read as weights")

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,7 @@ def from_safetensors(name: str) -> DType | None:
     return _BY_SAFETENSORS.get(name)
 
 
+@functools.cache  # a dtype builds its name anew whenever it is asked
 def from_numpy(dtype: np.dtype[Any] | type) -> DType:
     """The table row of a NumPy or ml_dtypes dtype.
 

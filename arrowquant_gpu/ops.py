@@ -6,13 +6,14 @@ blocks of a tensor that is never whole in memory; the checkpoint pipeline is bui
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import reference, trace
+from .arrow_values import empty
 from .backends import Backend, get_backend
 from .dtypes import DTYPES, KERNEL_DTYPES, from_numpy
 from .errors import InputError, NonFiniteError, ScaleOverflowError
@@ -56,24 +57,11 @@ def quantize(
     weights = as_weights(x, name=name)
     on_device = weights.device != "cpu"
     backend = get_backend(weights.device if on_device and device == "auto" else device, threads)
-    allocate = backend.empty if on_device else np.empty
+    allocate = backend.empty if on_device else empty
     packed = allocate(scheme.packed_shape(weights.shape), np.uint8)
     scales = allocate(scheme.scales_shape(weights.shape), DTYPES[scheme.scale_dtype].numpy)
     zeros = None if scheme.symmetric else allocate(scales.shape, np.uint8)
-    if scheme.granularity == "tensor":
-        solved = tensor_scale(weights.blocks, scheme, backend=backend, name=name, shape=weights.shape)
-        _store(solved, scales, zeros, backend)
-    findings, row = Findings(), 0
-    for block in weights.blocks:
-        rows = slice(row, row + block.shape[0])
-        if scheme.granularity == "tensor":
-            encode_rows(block, scheme, scales, zeros, packed[rows], backend=backend, name=name)
-        else:
-            zero_rows = None if zeros is None else zeros[rows]
-            found = quantize_rows(block, scheme, packed[rows], scales[rows], zero_rows, backend=backend, name=name)
-            findings = merge(findings, found, row * block.shape[1], row * scales.shape[1])
-        row += block.shape[0]
-    check(findings, scheme, name=name, shape=weights.shape)
+    quantize_blocks(weights.blocks, scheme, packed, scales, zeros, backend=backend, name=name, shape=weights.shape)
     return QuantizedTensor(packed, scales, zeros, weights.shape, scheme, weights.dtype)
 
 
@@ -101,6 +89,36 @@ def dequantize(
     out = (backend.empty if on_device else np.empty)(rows_and_length(q.shape), DTYPES[dtype].numpy)
     dequantize_rows(q.packed, q.scales, q.zeros, q.scheme, out, backend=backend, name="dequantize")
     return out.reshape(q.shape)
+
+
+def quantize_blocks(
+    blocks: Sequence[Any],
+    scheme: Scheme,
+    packed: Any,
+    scales: Any,
+    zeros: Any | None,
+    *,
+    backend: Backend,
+    name: str,
+    shape: tuple[int, ...],
+) -> None:
+    """Quantize a whole tensor, row blocks that follow each other, into the given arrays; `shape` is for errors.
+
+    Raises NonFiniteError and ScaleOverflowError; what the arrays hold then is of no use.
+    """
+    if scheme.granularity == "tensor":
+        _store(tensor_scale(blocks, scheme, backend=backend, name=name, shape=shape), scales, zeros, backend)
+    findings, row = Findings(), 0
+    for block in blocks:
+        rows = slice(row, row + block.shape[0])
+        if scheme.granularity == "tensor":
+            encode_rows(block, scheme, scales, zeros, packed[rows], backend=backend, name=name)
+        else:
+            zero_rows = None if zeros is None else zeros[rows]
+            found = quantize_rows(block, scheme, packed[rows], scales[rows], zero_rows, backend=backend, name=name)
+            findings = merge(findings, found, row * block.shape[1], row * scales.shape[1])
+        row += block.shape[0]
+    check(findings, scheme, name=name, shape=shape)
 
 
 def quantize_rows(

@@ -26,6 +26,7 @@ LAYERS = (
     ("tensor", "reference", "arrow_columns"),
     ("backends", "interchange"),
     ("ops",),
+    ("tables",),
     ("formats",),
     ("engine",),
     ("pipeline",),

@@ -1,0 +1,199 @@
+"""Rows of weights as `Layer`s: views of the Arrow buffers, checked where they come in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ..arrow_values import DTYPE_KEY, to_numpy
+from ..arrow_weights import dense_chunks
+from ..dtypes import WEIGHT_DTYPES, from_numpy
+from ..errors import InputError
+from ..schemes import rows_and_length
+from . import Layer, Problem
+
+COLUMNS = ("layer_name", "weights", "shape", "chunk", "n_chunks")
+
+
+def check_schema(schema: pa.Schema) -> None:
+    """Raise InputError, saying what is expected, unless a table with this schema can hold weights."""
+    names = schema.names
+    for column in ("layer_name", "weights"):
+        if names.count(column) != 1:
+            raise InputError(
+                f"column {column!r} is {'there twice' if column in names else 'missing'}: a table of weights has "
+                f"layer_name (string) and weights (lists of numbers), and may have shape (list<int64>); "
+                f"this one has {', '.join(names) or 'no columns'}"
+            )
+    if not _is_text(schema.field("layer_name").type):
+        raise InputError(f"column 'layer_name' is {schema.field('layer_name').type}; it must be string")
+    if not _is_listed(kind := schema.field("weights").type):
+        raise InputError(f"column 'weights' is {kind}; it must hold a list of numbers in each row")
+    if ("chunk" in names) != ("n_chunks" in names):
+        raise InputError("columns 'chunk' and 'n_chunks' go together: the table has one of them")
+    for column in ("chunk", "n_chunks"):
+        if column in names and not pa.types.is_integer(schema.field(column).type):
+            raise InputError(f"column {column!r} is {schema.field(column).type}; it must be an integer")
+    if "chunk" in names and "shape" not in names:
+        raise InputError("column 'shape' is missing: where a tensor is cut into rows, it says the whole one's shape")
+
+
+class Rows:
+    """Reads one record batch after the other, and knows what came before: names, and tensors cut into rows.
+
+    `layers` gives a Layer for each row, or a Problem for a row that cannot be read. `finish` says which tensors are
+    incomplete. Views keep the Arrow buffers alive.
+
+    >>> batch = pa.record_batch({"layer_name": ["fc"], "weights": [[[1.0, 2.0], [3.0, 4.0]]]})
+    >>> [layer] = Rows(batch.schema).layers(batch)
+    >>> layer.name, layer.shape, layer.dtype, layer.weights.tolist()
+    ('fc', (2, 2), 'float64', [[1.0, 2.0], [3.0, 4.0]])
+
+    Raises InputError for a schema that cannot hold weights; see `check_schema`.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        check_schema(schema)
+        self._is_cut = "chunk" in schema.names
+        self._seen: set[str] = set()
+        self._open: dict[str, _Open] = {}
+
+    def layers(self, batch: pa.RecordBatch) -> Iterator[Layer | Problem]:
+        """The rows in order. Raises InputError where the batch as a whole cannot be read."""
+        try:
+            batch.validate(full=True)
+            names = batch.column("layer_name").to_pylist()
+            columns = [batch.column(c).to_pylist() if c in batch.schema.names else None for c in COLUMNS[2:]]
+        except (pa.ArrowInvalid, UnicodeDecodeError) as e:
+            raise InputError(f"a record batch of weights is malformed: {e}") from e
+        shapes, chunks, counts = (c or [None] * batch.num_rows for c in columns)
+        cells = _Cells(batch.column("weights"), batch.schema.field("weights"))
+        for i, name in enumerate(names):
+            called = f"row {i}" if name is None else name
+            try:
+                if not name:
+                    raise InputError(f"row {i}: layer_name is {'null' if name is None else 'empty'}")
+                a = cells.row(i, name)
+                if self._is_cut:
+                    yield self._part(name, a, shapes[i], chunks[i], counts[i])
+                else:
+                    yield self._whole(name, a, shapes[i])
+            except InputError as e:
+                yield Problem(called, e)
+
+    def finish(self) -> Iterator[Problem]:
+        """What is missing now that there are no more rows."""
+        for name, tensor in self._open.items():
+            yield Problem(name, InputError(f"{name}: {tensor.next_chunk} of its {tensor.n_chunks} chunks are there"))
+
+    def _whole(self, name: str, a: NDArray[Any], shape: Any) -> Layer:
+        """A row that holds a whole tensor."""
+        if name in self._seen:
+            raise InputError(f"{name}: this layer_name is there twice")
+        self._seen.add(name)
+        dtype = _dtype(a, name)
+        dims = a.shape if shape is None else _shape(shape, name)
+        if math.prod(dims) != a.size:
+            raise InputError(f"{name}: shape {list(dims)} has {math.prod(dims)} weights, and the row has {a.size}")
+        return Layer(name, a.reshape(rows_and_length(dims)), dims, dtype)
+
+    def _part(self, name: str, a: NDArray[Any], shape: Any, chunk: int | None, n_chunks: int | None) -> Layer:
+        """A row that holds some rows of a tensor, or all of them: chunk 0 of 1."""
+        if chunk is None or n_chunks is None or not 0 <= chunk < n_chunks:
+            raise InputError(f"{name}: chunk {chunk} of {n_chunks} is no part of a tensor")
+        dtype, dims = _dtype(a, name), a.shape if shape is None else _shape(shape, name)
+        if name in self._seen and name not in self._open:
+            raise InputError(f"{name}: chunk {chunk} comes after this tensor was complete, or refused")
+        self._seen.add(name)
+        # Taken out: a tensor one of whose rows is refused is not gone on with.
+        tensor = self._open.pop(name, None) or _Open(dims, dtype, n_chunks)
+        if (chunk, n_chunks) != (tensor.next_chunk, tensor.n_chunks):
+            expected = f"chunk {tensor.next_chunk} of {tensor.n_chunks}"
+            raise InputError(f"{name}: chunk {chunk} of {n_chunks}, where {expected} must be")
+        if (dims, dtype) != (tensor.shape, tensor.dtype):
+            first = f"{tensor.dtype} {list(tensor.shape)}"
+            raise InputError(f"{name}: chunk {chunk} is of {dtype} {list(dims)}, and chunk 0 of {first}")
+        rows, length = rows_and_length(dims)
+        part = a.reshape(-1, length) if length and a.size % length == 0 else None
+        if part is None and (length or a.size):
+            raise InputError(f"{name}: chunk {chunk} has {a.size} weights, which are no whole rows of {list(dims)}")
+        n_rows = rows if part is None else len(part)
+        is_last = chunk + 1 == n_chunks
+        if tensor.n_rows + n_rows > rows or (is_last and tensor.n_rows + n_rows < rows):
+            raise InputError(f"{name}: its chunks have {tensor.n_rows + n_rows} rows, and {list(dims)} has {rows}")
+        if not is_last:
+            self._open[name] = tensor._replace(next_chunk=chunk + 1, n_rows=tensor.n_rows + n_rows)
+        return Layer(name, a.reshape(rows, 0) if part is None else part, dims, dtype, chunk, n_chunks)
+
+
+class _Open(NamedTuple):
+    """A tensor of which some rows are still to come."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    n_chunks: int
+    next_chunk: int = 0
+    n_rows: int = 0
+
+
+class _Cells:
+    """The cells of a column of weights, each as an array whose shape is the nesting of its lists."""
+
+    def __init__(self, column: pa.Array, field: pa.Field) -> None:
+        self._column, self._field, self._starts = column, field, None
+        kind = column.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or column.null_count or not len(column):
+            return
+        items = column.values
+        # What most tables are: lists of numbers without nulls. Their views need no Arrow object for each row.
+        if items.null_count == 0 and (pa.types.is_floating(items.type) or pa.types.is_integer(items.type)):
+            marked_as = (kind.value_field.metadata or {}).get(DTYPE_KEY, b"").decode()
+            self._values = to_numpy(items, marked_as, name="column 'weights'")
+            self._starts = column.offsets.to_numpy().tolist()
+
+    def row(self, i: int, name: str) -> NDArray[Any]:
+        """Cell i. Raises InputError for nulls, ragged lists, and items that are no numbers."""
+        if self._starts is not None:
+            return self._values[self._starts[i] : self._starts[i + 1]]
+        cell = self._column.slice(i, 1)
+        if cell.null_count:
+            raise InputError(f"{name}: its weights are null")
+        return dense_chunks(_Field(cell, self._field), name=name)[0][0]  # type: ignore[no-any-return]
+
+
+class _Field:
+    """A cell together with its field, whose metadata a pyarrow array alone would lose."""
+
+    def __init__(self, cell: pa.Array, field: pa.Field) -> None:
+        self._cell, self._field = cell, field
+
+    def __arrow_c_array__(self, requested_schema: Any = None) -> tuple[Any, Any]:
+        return self._field.__arrow_c_schema__(), self._cell.__arrow_c_array__()[1]
+
+
+def _shape(value: Any, name: str) -> tuple[int, ...]:
+    """A cell of column `shape`: a list of numbers, or such a list in a list of one."""
+    dims = value[0] if len(value) == 1 and isinstance(value[0], list) else value
+    if not all(isinstance(n, int) and n >= 0 for n in dims):
+        raise InputError(f"{name}: shape is {value}; it must be a list of sizes")
+    return tuple(dims)
+
+
+def _dtype(a: NDArray[Any], name: str) -> str:
+    dtype = from_numpy(a.dtype).name
+    if dtype not in WEIGHT_DTYPES:
+        raise InputError(f"{name}: weights are {dtype}; use one of {', '.join(WEIGHT_DTYPES)}")
+    return dtype
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_listed(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return isinstance(kind, pa.FixedShapeTensorType) or any(test(kind) for test in lists)
