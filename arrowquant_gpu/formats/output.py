@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import TargetError
 from .leftovers import Temporary, aside, discard, recover
+from .open_files import OpenFiles
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Output:
         self.resumed = False
         self._sources = tuple(Path(os.path.realpath(s)) for s in sources)
         self._temp: Temporary | None = None
-        self._files: dict[str, int] = {}
+        self._files = OpenFiles()
         self._are_names_synced = False
 
     @property
@@ -148,27 +149,28 @@ class Output:
         with target_errors(self.target, n_bytes):
             kind = 0 if self.resumed else os.O_EXCL
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | kind, 0o666)
-            self._files[name] = fd
-            if os.fstat(fd).st_size != n_bytes:
-                os.ftruncate(fd, 0)
-            if n_bytes:
-                os.posix_fallocate(fd, 0, n_bytes)
+            self._files.add(name, path, fd)
+            with self._files.use(name) as fd:
+                if os.fstat(fd).st_size != n_bytes:
+                    os.ftruncate(fd, 0)
+                if n_bytes:
+                    os.posix_fallocate(fd, 0, n_bytes)
 
     def write(self, name: str, offset: int, data: NDArray[Any]) -> None:
         """Put the bytes of a row-major array at `offset` of a created file. Safe from several threads."""
         rest = data.reshape(-1).view(np.uint8).data
-        with target_errors(self.target):
+        with target_errors(self.target), self._files.use(name) as fd:
             while rest:
-                n = os.pwrite(self._files[name], rest, offset)
+                n = os.pwrite(fd, rest, offset)
                 rest, offset = rest[n:], offset + n
 
     def read(self, name: str, offset: int, n_bytes: int) -> NDArray[np.uint8]:
         """A copy [n_bytes] of what a created file has at `offset`. Safe from several threads."""
         data = np.empty(n_bytes, np.uint8)
         rest = data.data
-        with target_errors(self.target):
+        with target_errors(self.target), self._files.use(name) as fd:
             while rest:
-                n = os.preadv(self._files[name], [rest], offset)
+                n = os.preadv(fd, [rest], offset)
                 if n == 0:
                     raise TargetError(f"{self.path(name)} has become shorter; run again without --resume")
                 rest, offset = rest[n:], offset + n
@@ -182,7 +184,8 @@ class Output:
                 temp = self._begun.path
                 for folder in (*(p for p in temp.rglob("*") if p.is_dir()), temp, temp.parent):
                     _sync(folder)
-            os.fdatasync(self._files[name])
+            with self._files.use(name) as fd:
+                os.fdatasync(fd)
 
     def names(self) -> list[str]:
         """Names of the files written so far, relative to the output, sorted."""
@@ -244,8 +247,7 @@ class Output:
         return self._temp
 
     def _close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
     def _release(self) -> None:
         if self._temp is not None:
