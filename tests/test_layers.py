@@ -28,7 +28,7 @@ LAYERS = (
     ("ops",),
     ("tables",),
     ("formats",),
-    ("engine",),
+    ("engine", "diffusion"),
     ("pipeline",),
     ("cli",),
 )
