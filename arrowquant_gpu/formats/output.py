@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 # The manifest beside an output, and the key of its schema metadata that lists every file of that output.
 MANIFEST = "arrowquant_manifest.parquet"
 FILES_KEY = b"arrowquant.files"
+# The table of activation parameters beside an output that has one.
+ACTIVATIONS = "activations.arrow"
 
 
 class Output:
@@ -78,6 +80,11 @@ class Output:
         """Name of the manifest in (for a file: beside) this output."""
         return MANIFEST if self.is_directory else f"{self.target.name}.manifest.parquet"
 
+    @property
+    def activations(self) -> str:
+        """Name of the activation table in (for a file: beside) this output, where it has one."""
+        return ACTIVATIONS if self.is_directory else f"{self.target.name}.{ACTIVATIONS}"
+
     def check(self) -> None:
         """Raise TargetError where this target cannot or must not be written; changes nothing."""
         with target_errors(self.target):
@@ -96,9 +103,8 @@ class Output:
                 raise TargetError(f"{target} holds the source {source}; choose another target")
             if source.is_dir() and target.is_relative_to(source):
                 raise TargetError(f"{target} lies in the source {source}; choose a target outside it")
-        beside = parent / self.manifest
-        if not self.is_directory and beside.exists() and _listed_files(beside) is None:
-            raise TargetError(f"{beside} exists and is not a manifest; its name is needed beside {target}")
+        if not self.is_directory:
+            self._check_beside()
         if not target.exists():
             return
         if target.is_dir() != self.is_directory:
@@ -109,6 +115,15 @@ class Output:
             raise TargetError(f"{target} exists; choose another target, or pass overwrite (--overwrite) to replace it")
         if self.is_directory:
             self._check_replaceable()
+
+    def _check_beside(self) -> None:
+        """What lies where files beside a file belong is of an earlier run."""
+        beside, table = (self.target.parent / name for name in (self.manifest, self.activations))
+        known = _listed_files(beside)
+        if beside.exists() and known is None:
+            raise TargetError(f"{beside} exists and is not a manifest; its name is needed beside {self.target}")
+        if table.exists() and table.name not in (known or ()):
+            raise TargetError(f"{table} exists and no manifest lists it; its name is needed beside {self.target}")
 
     def begin(self) -> None:
         """Check, and make the temporary directory, or with `resume` take the newest that has a finished tensor.
@@ -209,7 +224,8 @@ class Output:
                 base = self.target
             else:
                 base = self.target.parent
-                names.sort(key=lambda name: name != self.target.name)
+                # The manifest before what it lists: a run killed between them leaves nothing that no manifest lists.
+                names.sort(key=lambda name: (name != self.target.name, name != self.manifest))
                 self._place_files(temp, names)
             self._release()
             try:
@@ -309,7 +325,8 @@ class Output:
         discard(previous)
 
     def _place_files(self, temp: Path, names: list[str]) -> None:
-        """The target last: where it exists, all that belongs to it does."""
+        """The target last: where it exists, all that belongs to it does. An activation table of an output that is
+        replaced does not outlive it."""
         parent = self.target.parent
         self._drop_journal()
         try:
@@ -325,6 +342,8 @@ class Output:
                 for name in names[1:]:
                     (parent / name).unlink(missing_ok=True)
             raise
+        if self.activations not in names:
+            (parent / self.activations).unlink(missing_ok=True)
         shutil.rmtree(temp, ignore_errors=True)
 
 
