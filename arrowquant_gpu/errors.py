@@ -92,3 +92,16 @@ class PolicyError(ArrowQuantError, ValueError):
     """A choice of tensors that selects nothing: a pattern that matches no name, or a plan with nothing to quantize."""
 
     exit_code = 9
+
+
+class QualityError(ArrowQuantError):
+    """A tensor whose quantized weights are further from the original ones than was allowed."""
+
+    exit_code = 10
+
+    def __init__(self, name: str, cosine: float, min_accuracy: float, scheme: str):
+        self.name, self.cosine, self.min_accuracy = name, cosine, min_accuracy
+        super().__init__(
+            f"{name}: its cosine to the original is {cosine:.6f} with {scheme}, and the least accuracy asked for is "
+            f"{min_accuracy:g}. Lower --min-accuracy, ask for more bits or smaller groups, or --ignore this tensor."
+        )

@@ -61,6 +61,8 @@ def test_llama_by_hand() -> None:
         "bytes_before": 512000,
         "bytes_after": 512000,
         "bits_per_weight": 0,
+        "accuracy": None,
+        "entropy": None,
     }
     assert [e.info.name for e in result.entries if e.scheme] == [n for n in LLAMA if "_proj" in n]
     weights = sum(r["shape"][0] * r["shape"][1] for r in rows.values() if r["action"] == "quantized")

@@ -71,6 +71,11 @@ class CompressedTensorsSink:
             )
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
             raise FormatError("compressed-tensors packs only 2-D weights of linear modules, named MODULE.weight")
+        if _EMBEDDING.search(info.name):
+            raise FormatError(
+                "an embedding, whose codes the readers of compressed-tensors do not decode; --format parquet or arrow "
+                "carries it"
+            )
         if self._config.get("model_type") in CONV1D_MODELS and _CONV1D.search(info.name):
             raise FormatError(
                 "a Conv1D module with transposed weights, which compressed-tensors does not know; "
@@ -212,32 +217,44 @@ class CompressedTensorsSink:
             self._output.path(name).write_bytes(data)
 
     def _config_of(self, entries: Sequence[Entry], provenance: dict[str, str]) -> dict[str, Any]:
-        scheme = next(e.scheme for e in entries if e.scheme is not None)
-        weights = {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": scheme.granularity,
-            "group_size": scheme.group_size,
-            "dynamic": False,
-        }
-        group = {
-            "targets": ["Linear"],
-            "format": "pack-quantized",
-            "input_activations": None,
-            "output_activations": None,
-            "weights": weights,
-        }
+        modules: dict[Scheme, list[str]] = {}
+        for e in entries:
+            if e.scheme is not None:
+                # What type the scales have is said by the scales.
+                modules.setdefault(dataclasses.replace(e.scheme, scale_dtype="float32"), []).append(_module(e))
+        schemes = sorted(modules, key=lambda scheme: scheme.id)
+        # Beside a class, vLLM never looks for the name of a module that it has fused.
+        targets = [["Linear"]] if len(schemes) == 1 else [modules[scheme] for scheme in schemes]
+        groups = map(_config_group, schemes, targets)
         quantization = {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
+            "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "ignore": ignore_list(entries, self._config),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
         return {**self._config, "quantization_config": quantization, RECORD: dict(provenance)}
+
+
+def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """What config.json says of the modules of one scheme; `targets` are their names, or their class."""
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    return {
+        "targets": targets,
+        "format": "pack-quantized",
+        "input_activations": None,
+        "output_activations": None,
+        "weights": weights,
+    }
 
 
 def ignore_list(entries: Sequence[Entry], config: Mapping[str, Any]) -> list[str]:

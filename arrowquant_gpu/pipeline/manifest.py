@@ -1,6 +1,7 @@
 """`Manifest`: what a run did to every tensor, as an Arrow table that is written beside the output.
 
-Columns: those of the plan (`plan.COLUMNS`), and
+Columns: those of the plan (`plan.COLUMNS`; its last, `accuracy` and `entropy`, are what the width was chosen by, see
+`plan.Measured`), and
 
     cosine, sqnr_db, max_error   error figures of quantized tensors, null unless validation was asked for
     hash                         XXH3-128 of the tensor's stored bytes, hex; see engine/hashes.py

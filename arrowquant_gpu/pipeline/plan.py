@@ -5,18 +5,20 @@ The policy says what should be quantized, the sink what its format can carry; th
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
 from ..errors import FormatError, PolicyError
 from ..formats import Checkpoint, Entry, Sink, TensorInfo
 from ..schemes import Scheme
-from .policy import Policy
+from .policy import RAISED, RAISED_BITS, Policy
 
 COLUMNS = pa.schema(
     [
@@ -30,6 +32,8 @@ COLUMNS = pa.schema(
         pa.field("bytes_before", pa.int64(), nullable=False),
         pa.field("bytes_after", pa.int64(), nullable=False),
         pa.field("bits_per_weight", pa.float64()),
+        pa.field("accuracy", pa.float64()),
+        pa.field("entropy", pa.float64()),
     ]
 )
 
@@ -40,13 +44,31 @@ FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
+# And all experts of a layer.
+_EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.")
+
+
+class Measured(NamedTuple):
+    """What was measured of a tensor to choose its width; None where nothing was.
+
+    accuracy: cosine of the weights that its scheme gives, decoded, to the original ones; where that was too low and the
+        tensor is kept, of the last scheme that was tried
+    entropy: of its values, from 0 to 1
+    """
+
+    accuracy: float | None = None
+    entropy: float | None = None
+
+
+_NOTHING = Measured()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Every tensor of a checkpoint in file order, what happens to it, and the bytes it will take.
 
-    `scheme` is the one asked for; `entries` hold it as the format stores it. `warnings` are sentences.
+    `scheme` is the one asked for; `entries` hold it as the format stores it, with the width that each tensor needs.
+    `warnings` are sentences. `measured` is by name.
     """
 
     format: str
@@ -54,10 +76,11 @@ class Plan:
     entries: tuple[Entry, ...]
     bytes_after: tuple[int, ...]
     warnings: tuple[str, ...] = ()
+    measured: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
 
     @property
     def table(self) -> pa.Table:
-        """One row per tensor: name, action (quantized, kept), reason, scheme, dtype, shape, bytes, bits per weight."""
+        """One row per tensor, with the columns of `COLUMNS`; `action` is quantized or kept, the last are `Measured`."""
         rows = [
             {
                 "name": e.info.name,
@@ -69,6 +92,7 @@ class Plan:
                 "bytes_before": e.info.n_bytes,
                 "bytes_after": n_bytes,
                 "bits_per_weight": _bits(n_bytes, math.prod(e.info.shape)),
+                **self.measured.get(e.info.name, _NOTHING)._asdict(),
             }
             for e, n_bytes in zip(self.entries, self.bytes_after, strict=True)
         ]
@@ -95,11 +119,18 @@ class Plan:
 
 
 def make_plan(
-    source: Checkpoint, sink: Sink, scheme: str | Scheme, include: Sequence[str] = (), ignore: Sequence[str] = ()
+    source: Checkpoint,
+    sink: Sink,
+    scheme: str | Scheme,
+    include: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    sensitive: Literal["keep", "raise"] = "keep",
 ) -> Plan:
     """Plan the quantization of a checkpoint; `include` and `ignore` as in `policy.Policy`.
 
-    A tensor that the policy wants quantized and the format cannot carry is kept, with the format's reason.
+    A tensor that the policy wants quantized and the format cannot carry is kept, with the format's reason. `sensitive`
+    says what becomes of matrices that the policy keeps because much depends on them (`policy.RAISED`): "raise"
+    quantizes them with 8 bits.
 
     Raises SchemeError, PolicyError (a pattern that matches nothing; nothing to quantize) and FormatError (the format
     carries this scheme for none of the tensors).
@@ -109,10 +140,12 @@ def make_plan(
     entries, refused = [], Counter[str]()
     for info in in_file_order(source):
         wanted, reason = policy.decide(info)
-        stored = None
+        stored, asked = None, scheme
+        if sensitive == "raise" and reason in RAISED and len(info.shape) == 2:
+            wanted, reason, asked = True, RAISED[reason], dataclasses.replace(scheme, bits=RAISED_BITS)
         if wanted:
             try:
-                stored = sink.scheme_for(info, scheme)
+                stored = sink.scheme_for(info, asked)
             except FormatError as e:
                 reason = str(e)
                 refused[reason] += 1
@@ -121,9 +154,36 @@ def make_plan(
         if refused:
             raise FormatError(_none_carried(sink.format, scheme, refused))
         raise PolicyError(_none_wanted(entries))
+    return planned(source, sink, scheme, entries)
+
+
+def planned(
+    source: Checkpoint,
+    sink: Sink,
+    scheme: Scheme,
+    entries: Sequence[Entry],
+    measured: Mapping[str, Measured] | None = None,
+) -> Plan:
+    """The plan that these entries make, with its sizes and warnings."""
     sizes = tuple(sink.n_bytes(e) for e in entries)
     warnings = [*_unequal_fused(entries), *_left_out(source), *_without_side_files(source, sink)]
-    return Plan(sink.format, scheme, tuple(entries), sizes, tuple(warnings))
+    return Plan(sink.format, scheme, tuple(entries), sizes, tuple(warnings), measured or {})
+
+
+def fused_groups(names: Iterable[str]) -> list[list[str]]:
+    """The names, in order, in groups of those that serving engines fuse; one that is not fused is a group by itself.
+
+    >>> fused_groups(["a.q_proj.weight", "a.o_proj.weight", "a.k_proj.weight", "b.q_proj.weight"])
+    [['a.q_proj.weight', 'a.k_proj.weight'], ['a.o_proj.weight'], ['b.q_proj.weight']]
+    """
+    groups: dict[tuple[str, object], list[str]] = {}
+    for name in names:
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        fused = next((parts for parts in FUSED if part in parts and name.endswith(".weight")), None)
+        expert = _EXPERT.match(name)
+        key = (expert[1], "experts") if expert else (module, fused) if fused else (name, None)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 def in_file_order(source: Checkpoint) -> list[TensorInfo]:
@@ -166,7 +226,7 @@ def _without_side_files(source: Checkpoint, sink: Sink) -> list[str]:
     return [f"{sink.format} is one file: {len(files)} files of the model directory are not in it ({listed})."]
 
 
-def _unequal_fused(entries: list[Entry]) -> list[str]:
+def _unequal_fused(entries: Sequence[Entry]) -> list[str]:
     """A warning for each kind of fused matrices whose parts would not have one scheme."""
     schemes = {e.info.name: e.scheme for e in entries}
     warnings = []

@@ -69,6 +69,22 @@ RULES: tuple[Rule, ...] = (
 # What the sizes in config.json tell beyond the names; see `Policy.decide`.
 _VOCABULARY = Decision(False, "as many rows as the vocabulary: an embedding or output head")
 _EXPERTS = Decision(True, "as many matrices as experts; groups run along the last axis")
+# Why a matrix that could be quantized is kept: much of what the model gives depends on it. With 8 bits it gives hardly
+# anything else, and the reason is then this one.
+RAISED_BITS = 8
+RAISED = {
+    reason: f"{reason}, raised to {RAISED_BITS} bits"
+    for reason in (
+        "position or relation bias, an embedding",
+        "output head",
+        "embedding",
+        "norm",
+        "router of a mixture of experts",
+        "pooler",
+        "classifier head",
+        _VOCABULARY.reason,
+    )
+}
 _VOCABULARY_KEYS = ("vocab_size", "padded_vocab_size", "src_vocab_size", "tgt_vocab_size", "n_vocab")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

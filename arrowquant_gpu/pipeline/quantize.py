@@ -25,6 +25,7 @@ from ..formats.output import Output, target_errors
 from ..schemes import Scheme
 from .manifest import Manifest, Run, manifest_table, write_manifest
 from .plan import Plan, make_plan
+from .widths import Widths, revise
 
 FORMATS = ("compressed-tensors", "parquet", "arrow")
 
@@ -47,6 +48,7 @@ def quantize_checkpoint(
     memory_limit: int | None = ...,
     resume: bool = ...,
     timeline: str | Path | None = ...,
+    widths: Widths | None = ...,
     progress: Progress | None = ...,
 ) -> Plan: ...
 
@@ -69,6 +71,7 @@ def quantize_checkpoint(
     memory_limit: int | None = ...,
     resume: bool = ...,
     timeline: str | Path | None = ...,
+    widths: Widths | None = ...,
     progress: Progress | None = ...,
 ) -> Manifest: ...
 
@@ -90,6 +93,7 @@ def quantize_checkpoint(
     memory_limit: int | None = None,
     resume: bool = False,
     timeline: str | Path | None = None,
+    widths: Widths | None = None,
     progress: Progress | None = None,
 ) -> Manifest | Plan:
     """Quantize the safetensors checkpoint `src` into `dst`, which appears when it is complete.
@@ -104,13 +108,16 @@ def quantize_checkpoint(
     include, ignore: regular expressions over tensor names, see docs/policy.md
     validate: measure the error of every quantized tensor (columns of the manifest)
     overwrite: replace what is at `dst`; only ever what an earlier run wrote, never the source
-    dry_run: return the plan; reads headers only and writes nothing
+    dry_run: return the plan; writes nothing, and reads headers only unless `widths` needs more
     read: how the source is read: "auto", "mapped", "buffered", "direct" (past the page cache) or "gds" (GPUDirect
         Storage, with kvikio)
     memory_limit: bytes of anonymous host memory and of device memory together; the buffers are made to fit
     resume: go on where an interrupted run for the same `dst` ended; the result is the same as without interruption
     timeline: a file for a trace of what ran when, for chrome://tracing or ui.perfetto.dev
-    progress: called with (bytes done, bytes in all, tensor name); an exception from it ends the run
+    widths: how the width of each tensor follows from what is measured of it, see `Widths` and docs/widths.md; the
+        weights are then read once more, before the run
+    progress: called with (bytes done, bytes in all, tensor name), where `widths` measures first for that and then for
+        the run; an exception from it ends the run
 
     Returns the Manifest, which also lies beside the output, or the Plan of a dry run; both have `table` and `summary`.
     Memory: some buffers of 16 MiB, however large the model. After any error, KeyboardInterrupt included, `dst` is
@@ -123,11 +130,11 @@ def quantize_checkpoint(
         >>> result.summary["n_quantized"], result.summary["bits_per_weight"]
         (1, 5.0)
 
-    Raises SchemeError, SourceError, PolicyError, FormatError, TargetError, NonFiniteError, ScaleOverflowError and
-    DeviceError.
+    Raises SchemeError, SourceError, PolicyError, FormatError, TargetError, NonFiniteError, ScaleOverflowError,
+    QualityError (`widths`) and DeviceError.
     """
     start = time.perf_counter()
-    scheme = Scheme.parse(scheme)
+    scheme, widths = Scheme.parse(scheme), widths or Widths()
     source = open_checkpoint(src)
     format_name = format or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
     files = {info.file for info in source.tensors.values()}
@@ -138,13 +145,18 @@ def quantize_checkpoint(
     sink = open_sink(format_name, output, source)
     with contextlib.nullcontext() if timeline is None or dry_run else trace.timeline(timeline):
         with trace.span("plan", source.path.name):
-            plan = make_plan(source, sink, scheme, include, ignore)
+            plan = make_plan(source, sink, scheme, include, ignore, widths.sensitive)
+        if not dry_run:
+            output.check()
+        if dry_run and not widths.is_measured:
+            return plan
+        names = [picked.name for picked in pick_devices(device)]
+        bounds: dict[str, Any] = {"threads": threads, "memory_limit": memory_limit}
+        plan = revise(plan, source, sink, widths, devices=names, progress=progress, **bounds)
         if dry_run:
             return plan
-        output.check()
         pieces = [piece for entry in plan.entries for piece in sink.pieces(entry)]
-        options: dict[str, Any] = {"threads": threads, "read": read, "memory_limit": memory_limit}
-        names = [picked.name for picked in pick_devices(device)]
+        options: dict[str, Any] = {**bounds, "read": read}
         with open_devices(names, source, pieces, validate=validate, **options) as devices:
             return _carry_out(plan, source, sink, output, devices, start, validate, progress)
 
@@ -192,7 +204,7 @@ def fingerprint(plan: Plan, origin: Mapping[str, str], validate: bool) -> dict[s
     return {
         **origin,
         "format": plan.format,
-        "tensors (include, ignore)": xxhash.xxh3_64_hexdigest(json.dumps(decisions).encode()),
+        "tensors (include, ignore, widths)": xxhash.xxh3_64_hexdigest(json.dumps(decisions).encode()),
         "validate": str(validate),
     }
 
