@@ -182,11 +182,26 @@ def test_a_forked_child_computes_too() -> None:
 
 
 def test_the_default_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ARROWQUANT_NUM_THREADS", raising=False)
+    for variable in ("ARROWQUANT_NUM_THREADS", "RAYON_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
     assert CpuBackend().threads == len(os.sched_getaffinity(0))
     monkeypatch.setenv("ARROWQUANT_NUM_THREADS", "3")
     assert CpuBackend().threads == 3
     assert CpuBackend(7).threads == 7
+
+
+def test_rayons_variable_counts_where_ours_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ARROWQUANT_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "5")
+    assert CpuBackend().threads == 5
+    monkeypatch.setenv("ARROWQUANT_NUM_THREADS", "3")
+    assert CpuBackend().threads == 3
+    monkeypatch.delenv("ARROWQUANT_NUM_THREADS")
+    monkeypatch.setenv("RAYON_NUM_THREADS", "0")
+    assert CpuBackend().threads == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("RAYON_NUM_THREADS", "many")
+    with pytest.raises(DeviceError, match="RAYON_NUM_THREADS is 'many'"):
+        CpuBackend()
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "two", "1.5"])

@@ -113,7 +113,8 @@ def pick_devices(device: str | Sequence[str] = "auto") -> list[Device]:
 def get_backend(device: str = "auto", threads: int | None = None) -> Backend:
     """The backend for a device name (see `pick_device`), made once per device and thread count.
 
-    `threads` bounds the CPU backend; by default it is ARROWQUANT_NUM_THREADS, else every core this process may use.
+    `threads` bounds the CPU backend; by default it is ARROWQUANT_NUM_THREADS, else RAYON_NUM_THREADS, else every core
+    this process may use.
     """
     picked = pick_device(device)
     log.debug("device %s: using %s (%s)", device, picked.name, picked.reason)

@@ -26,6 +26,9 @@ from ..schemes import Scheme
 from . import cpu_kernels
 from .cpu_vectors import KINDS
 
+# Say how many threads a call uses at most; the first that is set counts. The second is what Rust programs are told by,
+# so that one setting serves a process with both.
+THREAD_VARIABLES = ("ARROWQUANT_NUM_THREADS", "RAYON_NUM_THREADS")
 # Weights per thread that are worth waking it for: the time in which it wakes, about 50 microseconds.
 SHARE = 1 << 18
 # Pieces per thread, and weights in the smallest piece: so small that a thread which wakes late, or which the system
@@ -42,7 +45,8 @@ class CpuBackend:
 
     Arrays are read and written in place: read-only, memory-mapped and Arrow-backed ones too. Nothing of the size of a
     tensor is allocated. Calls may come from any number of threads. `threads` is how many one call uses at most, itself
-    included: by default ARROWQUANT_NUM_THREADS, else every core that this process may use. It changes no byte.
+    included: by default ARROWQUANT_NUM_THREADS, else RAYON_NUM_THREADS, else every core that this process may use. It
+    changes no byte.
 
     >>> import numpy as np
     >>> backend, scheme = CpuBackend(threads=2), Scheme.parse("int4_g4")
@@ -51,7 +55,7 @@ class CpuBackend:
     >>> backend.quantize(x, scheme, packed, scales, None).n_nan, packed.tolist()
     (0, [[131, 250]])
 
-    Raises DeviceError if `threads` or ARROWQUANT_NUM_THREADS is not a positive number, or Numba may not compile.
+    Raises DeviceError if `threads` or the variable that counts is not a positive number, or Numba may not compile.
     """
 
     name = "cpu"
@@ -222,12 +226,13 @@ class CpuBackend:
 
 
 def _default_threads() -> int:
-    text = os.environ.get("ARROWQUANT_NUM_THREADS")
-    if text is None:
-        return getattr(os, "process_cpu_count", lambda: len(os.sched_getaffinity(0)))() or 1
-    if not text.isdecimal() or int(text) < 1:
-        raise DeviceError(f"ARROWQUANT_NUM_THREADS is {text!r}: it must be a number, 1 or more")
-    return int(text)
+    for variable in THREAD_VARIABLES:
+        text = os.environ.get(variable)
+        if text is not None and (variable, text) != ("RAYON_NUM_THREADS", "0"):  # 0 is Rayon's word for all cores
+            if not text.isdecimal() or int(text) < 1:
+                raise DeviceError(f"{variable} is {text!r}: it must be a number, 1 or more")
+            return int(text)
+    return getattr(os, "process_cpu_count", lambda: len(os.sched_getaffinity(0)))() or 1
 
 
 def _address(a: NDArray[Any] | None) -> int:
