@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from arrowquant_gpu import arrow_columns, reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.errors import FormatError, SourceError, TargetError
-from arrowquant_gpu.formats import Codes, Entry, TensorInfo, row_layout, v2_extended
+from arrowquant_gpu.formats import Codes, Diffusion, Entry, TensorInfo, row_layout, v2_extended
 from arrowquant_gpu.formats import pieces as cutting
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.pieces import Piece
@@ -52,18 +52,22 @@ class Model:
     entries: list[Entry] = field(default_factory=list)
     want: dict[str, QuantizedTensor | np.ndarray] = field(default_factory=dict)
 
-    def quantized(self, name: str, x: np.ndarray, scheme: str | Scheme, dtype: str = "float32") -> None:
+    def quantized(
+        self, name: str, x: np.ndarray, scheme: str | Scheme, dtype: str = "float32", known: Diffusion | None = None
+    ) -> None:
         scheme = Scheme.parse(scheme)
         rows = x.reshape(rows_and_length(x.shape))
         packed, scales, zeros, _ = reference.quantize(rows, scheme)
         self.want[name] = QuantizedTensor(packed, scales, zeros, rows.shape, scheme, dtype)
         n_bytes = math.prod(x.shape) * DTYPES[dtype].bits // 8
-        self.entries.append(Entry(TensorInfo(name, dtype, x.shape, Path("m"), 0, n_bytes), scheme, "linear"))
+        self.entries.append(Entry(TensorInfo(name, dtype, x.shape, Path("m"), 0, n_bytes), scheme, "linear", known))
 
-    def copied(self, name: str, data: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
+    def copied(
+        self, name: str, data: np.ndarray, shape: tuple[int, ...], dtype: str, known: Diffusion | None = None
+    ) -> None:
         self.want[name] = data.reshape(-1).view(np.uint8)
         info = TensorInfo(name, dtype, shape, Path("m"), 0, self.want[name].size)
-        self.entries.append(Entry(info, None, "not a linear weight"))
+        self.entries.append(Entry(info, None, "not a linear weight", known))
 
 
 def small_model() -> Model:
@@ -114,7 +118,12 @@ def in_order(sink: Any, model: Model) -> tuple[pa.Schema, list[pa.RecordBatch]]:
         b"arrowquant.source_metadata": json.dumps(SOURCE.metadata),
         b"arrowquant.config": json.dumps(CONFIG),
     }
-    schema = v2_extended.COLUMNS.with_metadata({**arrow_columns.schema("float32").metadata, **metadata})
+    names = ("is_diffusion_model", "modality", "time_aware_quant_json", "spatial_quant_json", "activation_stats_json")
+    added = [pa.field("reason", pa.string())]
+    if any(entry.diffusion for entry in model.entries):
+        added += [pa.field(names[0], pa.bool_()), *(pa.field(name, pa.string()) for name in names[1:])]
+    columns = pa.schema([*arrow_columns.schema("float32"), *added, pa.field("xxh3_128", pa.string())])
+    schema = columns.with_metadata({**arrow_columns.schema("float32").metadata, **metadata})
     batches = []
     for entry in model.entries:
         info, parts = entry.info, sink.pieces(entry)
@@ -128,7 +137,12 @@ def in_order(sink: Any, model: Model) -> tuple[pa.Schema, list[pa.RecordBatch]]:
                 length = v2_extended.copied_shape(info)[1] * getattr(DTYPES[info.dtype].numpy, "itemsize", 1)
                 place |= {"row_offset": piece.column // max(1, length)}
                 batch = arrow_columns.copied_row(info.name, codes, info.shape, info.dtype, **place)
-            batch = batch.append_column("reason", pa.array([entry.reason]))
+            known = entry.diffusion
+            values = [entry.reason, *[None] * 5]
+            if known:
+                values[1:] = True, known.modality, known.time_aware, known.spatial, known.activation_stats
+            for column, value in zip(added, values, strict=False):
+                batch = batch.append_column(column, pa.array([value], column.type))
             digest = pa.array([v2_extended.row_hash(batch)])
             batches.append(pa.RecordBatch.from_arrays([*batch.columns, digest], schema=schema))
     return schema, batches
@@ -142,7 +156,20 @@ def assert_holds(path: Path, model: Model) -> None:
         found, info = checkpoint.entries[entry.info.name], entry.info
         assert (found.info.dtype, found.info.shape, found.info.n_bytes) == (info.dtype, info.shape, info.n_bytes)
         assert (found.scheme, found.reason) == (entry.scheme, entry.reason)
+        assert_same_diffusion(found.diffusion, entry.diffusion)
         assert_same(list(checkpoint.blocks(info.name)), model.want[info.name], info.name)
+
+
+def assert_same_diffusion(found: Diffusion | None, want: Diffusion | None) -> None:
+    if found is None or want is None:
+        assert found is want
+        return
+    for name in ("modality", "time_aware", "spatial", "activation_stats"):
+        assert getattr(found, name) == getattr(want, name), name
+    if found.divisors is None or want.divisors is None:
+        assert found.divisors is want.divisors
+    else:
+        assert_bitwise_equal(found.divisors, want.divisors, "divisors")
 
 
 def assert_same(blocks: Sequence[tuple[int, Any]], want: QuantizedTensor | np.ndarray, name: str) -> None:
@@ -536,8 +563,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
 
     def test_extra_columns_are_ignored(self, file: Path) -> None:
         schema, batches = self.read_batches(file)
-        wider = pa.schema([*schema, ("modality", pa.string())], schema.metadata)
-        rows = [pa.RecordBatch.from_arrays([*b.columns, pa.array(["text"])], schema=wider) for b in batches]
+        wider = pa.schema([*schema, ("note", pa.string())], schema.metadata)
+        rows = [pa.RecordBatch.from_arrays([*b.columns, pa.array(["mine"])], schema=wider) for b in batches]
         self.write_batches(file, wider, rows)
         assert_holds(file, small_model())
 

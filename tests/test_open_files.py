@@ -36,7 +36,7 @@ def test_few_are_open(tmp_path: Path) -> None:
         assert n_open(tmp_path) == min(i + 1, 3)
     for i in (0, 9, 0, 5):
         with files.use(str(i)) as fd:
-            assert os.readlink(f"/proc/self/fd/{fd}") == str(tmp_path / str(i))
+            assert Path(f"/proc/self/fd/{fd}").readlink() == tmp_path / str(i)
             assert n_open(tmp_path) == 3
     files.close()
     files.close()

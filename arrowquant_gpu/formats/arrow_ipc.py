@@ -81,18 +81,26 @@ class ArrowCheckpoint(RowCheckpoint):
 
     def _open(self) -> pa.Schema:
         self._ipc = pa.ipc.open_file(pa.memory_map(str(self.path)))
+        self._narrow: tuple[list[str], pa.ipc.RecordBatchFileReader] | None = None
         return self._ipc.schema
 
     def _columns(self, names: list[str]) -> pa.Table:
-        # The other columns, which may be compressed, are not touched.
-        fields = sorted(self._ipc.schema.get_field_index(name) for name in names)
-        options = pa.ipc.IpcReadOptions(included_fields=fields)
-        reader = pa.ipc.open_file(pa.memory_map(str(self.path)), options=options)
+        reader = self._reader(names)
         batches = [_checked(self.path, i, reader.get_batch(i)) for i in range(reader.num_record_batches)]
         return pa.Table.from_batches(batches, reader.schema).select(names)
 
-    def _row(self, i: int) -> pa.RecordBatch:
-        return _checked(self.path, i, self._ipc.get_batch(i))
+    def _row(self, i: int, names: list[str] | None = None) -> pa.RecordBatch:
+        if names is None:
+            return _checked(self.path, i, self._ipc.get_batch(i))
+        return _checked(self.path, i, self._reader(names).get_batch(i)).select(names)
+
+    def _reader(self, names: list[str]) -> pa.ipc.RecordBatchFileReader:
+        """A reader of these columns: the others, which may be compressed, are not touched."""
+        if self._narrow is None or self._narrow[0] != names:
+            fields = sorted(self._ipc.schema.get_field_index(name) for name in names)
+            options = pa.ipc.IpcReadOptions(included_fields=fields)
+            self._narrow = list(names), pa.ipc.open_file(pa.memory_map(str(self.path)), options=options)
+        return self._narrow[1]
 
 
 def _checked(path: Path, i: int, batch: pa.RecordBatch) -> pa.RecordBatch:

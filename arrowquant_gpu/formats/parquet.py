@@ -136,5 +136,5 @@ class ParquetCheckpoint(RowCheckpoint):
             )
         return self._parquet.read(columns=names)
 
-    def _row(self, i: int) -> pa.RecordBatch:
-        return self._parquet.read_row_group(i).combine_chunks().to_batches()[0]
+    def _row(self, i: int, names: list[str] | None = None) -> pa.RecordBatch:
+        return self._parquet.read_row_group(i, columns=names).combine_chunks().to_batches()[0]

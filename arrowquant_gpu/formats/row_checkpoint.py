@@ -21,17 +21,20 @@ from ..dtypes import DTYPES
 from ..errors import ArrowQuantError, SourceError
 from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
-from . import Entry, TensorInfo
+from . import Diffusion, Entry, TensorInfo
 from .pieces import copied_row_bytes
 from .v2_extended import (
     COLUMNS,
     CONFIG_KEY,
+    DIFFUSION,
     IDENTITY,
     METADATA_KEY,
     PROVENANCE_KEY,
     VERSION_KEY,
     copied_shape,
     data_of,
+    diffusion_cells,
+    diffusion_of,
     row_hash,
 )
 
@@ -44,9 +47,9 @@ _SHARED = ("shape", "dtype", "scheme", "n_chunks", "num_params", "reason")
 class RowCheckpoint(abc.ABC):
     """A QuantizedCheckpoint in one file of rows. Its small columns are checked as a whole when it is opened.
 
-    `entries` are in the order of the file, which is also their infos' `file`; the infos' `offset` is 0.
-    `provenance` says by what and from what the file was made; `config` and `metadata` are the source's. Columns that
-    are not known are ignored.
+    `entries` are in the order of the file, which is also their infos' `file`; the infos' `offset` is 0. They have
+    `diffusion` where the file has its columns. `provenance` says by what and from what the file was made; `config` and
+    `metadata` are the source's. Columns that are not known are ignored.
 
     Raises SourceError, naming file and tensor, for a file that is missing, truncated, not of this kind, or that
     contradicts itself. `blocks` raises it for a row whose content has not the hash in its column xxh3_128.
@@ -67,6 +70,7 @@ class RowCheckpoint(abc.ABC):
             self.config: dict[str, Any] | None = json.loads(metadata.get(CONFIG_KEY, "null"))
             self.entries: dict[str, Entry] = {}
             self._rows: dict[str, list[int]] = {}
+            self._has_diffusion = _has(schema, DIFFUSION.field(0))
             self._read_index(self._columns(_INDEX.names).cast(_INDEX))
 
     @abc.abstractmethod
@@ -78,8 +82,8 @@ class RowCheckpoint(abc.ABC):
         """These columns of all rows."""
 
     @abc.abstractmethod
-    def _row(self, i: int) -> pa.RecordBatch:
-        """Row i of the file, with all columns."""
+    def _row(self, i: int, names: list[str] | None = None) -> pa.RecordBatch:
+        """Row i of the file, with these columns, or all."""
 
     def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
         """The tensor as it is cut in the file: (first row, rows as QuantizedTensor or as array [rows, length]).
@@ -101,6 +105,8 @@ class RowCheckpoint(abc.ABC):
                 first = done if entry.scheme else done // max(1, copied_row_bytes(entry.info))
                 if batch["row_offset"][0].as_py() != first:
                     raise self._error(name, f"row {i} does not begin where the one before it ends, at {first}")
+                if self._has_diffusion:
+                    self._check_diffusion(entry, i, batch)
                 done += block.nbytes if isinstance(block, np.ndarray) else block.packed.shape[0]
             yield first, block
         if done != total:
@@ -108,7 +114,8 @@ class RowCheckpoint(abc.ABC):
 
     def _check_schema(self, schema: pa.Schema) -> None:
         version = (schema.metadata or {}).get(VERSION_KEY)
-        missing = [f"column {f.name} of {f.type}" for f in COLUMNS if not _has(schema, f)]
+        wanted = [*COLUMNS, *(DIFFUSION if set(DIFFUSION.names) & set(schema.names) else ())]
+        missing = [f"column {f.name} of {f.type}" for f in wanted if not _has(schema, f)]
         if version is None or missing:
             missing.append(f"{VERSION_KEY.decode()} in its metadata")
             raise SourceError(f"{self.path}: not a quantized model of arrowquant; there is no {missing[0]}")
@@ -134,10 +141,10 @@ class RowCheckpoint(abc.ABC):
                     raise self._error(name, f"row {i} differs from the first one of this tensor in {differ[0]}")
             if len(numbered) != first["n_chunks"]:
                 raise self._error(name, f"{len(numbered)} of its {first['n_chunks']} parts are there")
-            self.entries[name] = self._entry(name, first)
+            self.entries[name] = self._entry(name, at, first)
             self._rows[name] = [i for i, _ in numbered]
 
-    def _entry(self, name: str, row: dict[str, Any]) -> Entry:
+    def _entry(self, name: str, i: int, row: dict[str, Any]) -> Entry:
         dtype, shape = row["dtype"], tuple(row["shape"] or ())
         if dtype not in DTYPES:
             raise self._error(name, f"dtype {dtype!r} is not known")
@@ -146,7 +153,32 @@ class RowCheckpoint(abc.ABC):
         with self._errors(name):
             scheme = None if row["scheme"] is None else Scheme.parse(row["scheme"])
         n_bytes = -(-math.prod(shape) * DTYPES[dtype].bits // 8)
-        return Entry(TensorInfo(name, dtype, shape, self.path, 0, n_bytes), scheme, row["reason"] or "")
+        info = TensorInfo(name, dtype, shape, self.path, 0, n_bytes)
+        return Entry(info, scheme, row["reason"] or "", self._diffusion(info, i, scheme))
+
+    def _diffusion(self, info: TensorInfo, i: int, scheme: Scheme | None) -> Diffusion | None:
+        """What row i, the first of a tensor, says beside its weights."""
+        if not self._has_diffusion:
+            return None
+        with self._errors(info.name), self._lock:
+            cells = self._row(i, DIFFUSION.names).to_pylist()[0]
+        try:
+            known = diffusion_of(cells)
+        except SourceError as e:
+            raise self._error(info.name, f"row {i}: {e}") from e
+        if known is not None and known.divisors is not None:
+            n_columns = rows_and_length(info.shape)[1]
+            if scheme is None:
+                raise self._error(info.name, f"row {i} has divisors, and the tensor is not quantized")
+            if known.divisors.size != n_columns:
+                raise self._error(info.name, f"row {i} has {known.divisors.size} divisors for {n_columns} columns")
+        return known
+
+    def _check_diffusion(self, entry: Entry, i: int, batch: pa.RecordBatch) -> None:
+        """Every row of a tensor says the same; the first one was looked at when the file was opened."""
+        for column, value in diffusion_cells(entry.diffusion).items():
+            if batch[column][0].as_py() not in (value, value or False):
+                raise self._error(entry.info.name, f"row {i} differs from the first one of this tensor in {column}")
 
     def _error(self, name: str, what: str) -> SourceError:
         return SourceError(f"{self.path}, tensor {name}: {what}. Copy the file again, or quantize again.")

@@ -21,7 +21,7 @@ from .. import arrow_columns
 from ..errors import FormatError
 from ..tensor import QuantizedTensor
 from .pieces import Piece, copied_row_bytes
-from .v2_extended import COLUMNS, SCALE_DTYPE
+from .v2_extended import SCALE_DTYPE, diffusion_cells
 
 # Hexadecimal digits of a row's hash.
 HASH_BYTES = 32
@@ -36,13 +36,14 @@ class Row(NamedTuple):
 
 
 class Rows:
-    """The rows of a file, one for each piece. `zero_point` is what the file stores a zero point as.
+    """The rows of a file, one for each piece. `zero_point` is what the file stores a zero point as, and `columns` are
+    those of `v2_extended.columns_of`.
 
     The zeros take up no memory: they are one mapping.
     """
 
-    def __init__(self, tensors: Sequence[Sequence[Piece]], zero_point: np.dtype[Any]) -> None:
-        self._tensors, self._zero_point = tensors, zero_point
+    def __init__(self, tensors: Sequence[Sequence[Piece]], zero_point: np.dtype[Any], columns: pa.Schema) -> None:
+        self._tensors, self._zero_point, self._columns = tensors, zero_point, columns
         n_bytes = max((max(self.sizes(piece).values()) for pieces in tensors for piece in pieces), default=1)
         zeros = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
         self._zeros = np.frombuffer(zeros, np.uint8)
@@ -92,8 +93,10 @@ class Rows:
                 n_chunks=n_pieces,
                 row_offset=piece.row,
             )
-        cells = [pa.array([text], pa.string()) for text in (piece.entry.reason, "0" * HASH_BYTES)]
-        return pa.RecordBatch.from_arrays([*batch.columns, *cells], schema=COLUMNS)
+        added = {"reason": piece.entry.reason, **diffusion_cells(piece.entry.diffusion), "xxh3_128": "0" * HASH_BYTES}
+        fields = [*self._columns][len(batch.columns) :]
+        cells = [pa.array([added[field.name]], field.type) for field in fields]
+        return pa.RecordBatch.from_arrays([*batch.columns, *cells], schema=self._columns)
 
 
 class Skeleton(abc.ABC):

@@ -1,4 +1,4 @@
-"""`RowSink`: writes a quantized model as the rows of one file; Parquet and Arrow IPC say where a row's values lie."""
+"""`RowSink`: writes a quantized model as rows of files; Parquet and Arrow IPC say where a row's values lie."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ from . import Checkpoint, Codes, Entry, Place, TensorInfo
 from .output import Output, target_errors
 from .pieces import Cut, Piece, pieces
 from .row_layout import Row, Rows, Skeleton
-from .v2_extended import COLUMNS, CONFIG_KEY, METADATA_KEY, PROVENANCE_KEY, SCALE_DTYPE, identity, values_hash
+from .v2_extended import (
+    COLUMNS,
+    CONFIG_KEY,
+    METADATA_KEY,
+    PROVENANCE_KEY,
+    SCALE_DTYPE,
+    check_divisors,
+    columns_of,
+    identity,
+    values_hash,
+)
 
 
 class _Laid(NamedTuple):
@@ -33,9 +43,9 @@ class _Laid(NamedTuple):
 class RowSink(abc.ABC):
     """A Sink that makes one file of rows, named like its output: each piece is one. Any shape can be carried.
 
-    The output may hold other files beside this one; `commit` is that of the output. `compression` is
-    None or "zstd", which makes kept float tensors smaller, and codes hardly: the file is then written a second time by
-    `commit`, and both are on the disk until it ends.
+    A subclass may spread the tensors over several files (`_files`), and the output may hold others beside them;
+    `commit` is that of the output. `compression` is None or "zstd", which makes kept float tensors smaller, and codes
+    hardly: each file is then written a second time by `commit`, and both are on the disk until that ends.
     """
 
     format: str
@@ -46,6 +56,7 @@ class RowSink(abc.ABC):
         self.output = output
         self.compression = compression
         self._schema = COLUMNS
+        self._names: list[str] = []
         self._rows: dict[tuple[str, int], _Laid] = {}
 
     @abc.abstractmethod
@@ -55,6 +66,10 @@ class RowSink(abc.ABC):
     @abc.abstractmethod
     def _rewrite(self, path: Path, target: Path, schema: pa.Schema) -> None:
         """Write the rows of a file into another, with `compression`."""
+
+    def _files(self, entries: Sequence[Entry]) -> list[tuple[str, Sequence[Entry]]]:
+        """The files of rows, (name, tensors in it)."""
+        return [(self.output.target.name, entries)]
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """The scheme itself: rows carry every scheme. See `Sink`."""
@@ -77,31 +92,33 @@ class RowSink(abc.ABC):
         return pieces(entry, Cut())
 
     def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
-        """Make the file in its final size, all but the values in their final content. See `Sink`.
+        """Make the files in their final size, all but the values in their final content. See `Sink`.
 
-        Raises TargetError where it is larger than the free space.
+        Raises TargetError where they are larger than the free space.
         """
-        target = self.output.target
+        for entry in entries:
+            check_divisors(entry)
+        target, files = self.output.target, self._files(entries)
+        self._names = [name for name, _ in files]
         # Said now: `create` would find it out after laying out, which takes seconds for a large model.
         needed, free = sum(map(self.n_bytes, entries)), shutil.disk_usage(target.parent).free
-        # A run that is resumed has its space already.
-        if (file := self.output.path(target.name)).exists():
-            free += 512 * file.stat().st_blocks
+        for file in map(self.output.path, self._names):
+            # A run that was killed while it compressed.
+            _compressed(file).unlink(missing_ok=True)
+            # A run that is resumed has its space already.
+            if file.exists():
+                free += 512 * file.stat().st_blocks
         if needed > free:
             raise TargetError(f"{target}: {needed:,} bytes are needed and {free:,} are free in {target.parent}")
         metadata = {PROVENANCE_KEY: json.dumps(provenance), METADATA_KEY: json.dumps(source.metadata)}
         if source.config is not None:
             metadata[CONFIG_KEY] = json.dumps(source.config)
-        self._schema = COLUMNS.with_metadata({**arrow_columns.schema(SCALE_DTYPE).metadata, **metadata})
+        columns = columns_of(entries)
+        self._schema = columns.with_metadata({**arrow_columns.schema(SCALE_DTYPE).metadata, **metadata})
         self._rows = {}
-        rows = Rows([self.pieces(entry) for entry in entries], self._zero_point)
-        skeleton, positions = self._lay_out(self._schema, self._noted(rows))
-        for row, found in zip(self._rows.values(), positions, strict=True):
-            row.places[:] = [p._replace(offset=at) for p, at in zip(row.places, found, strict=True)]
-        self.output.create(target.name, skeleton.size)
-        holes = ((p.offset, p.n_bytes) for row in self._rows.values() for p in row.places if p.n_bytes)
-        for at, data in skeleton.structure(holes):
-            self.output.write(target.name, at, np.frombuffer(data, np.uint8))
+        for name, tensors in files:
+            rows = Rows([self.pieces(entry) for entry in tensors], self._zero_point, columns)
+            self._make(name, rows)
 
     def places(self, piece: Piece) -> list[Place]:
         """Of data, scales, zero points and hash of the row, where it has them. See `Sink`."""
@@ -122,19 +139,34 @@ class RowSink(abc.ABC):
         return [*arrays, np.frombuffer(digest.encode(), np.uint8)]
 
     def commit(self) -> tuple[Path, ...]:
-        """Compress the file if that was asked for, and commit the output. See `Sink`."""
+        """Compress the files if that was asked for, and commit the output. See `Sink`."""
         if self.compression is not None:
-            path = self.output.path(self.output.target.name)
-            packed = path.with_name(f"{path.name}.{self.compression}")
-            with target_errors(self.output.target):
-                self._rewrite(path, packed, self._schema)
-                packed.replace(path)
+            for path in map(self.output.path, self._names):
+                with target_errors(self.output.target):
+                    self._rewrite(path, _compressed(path), self._schema)
+                    _compressed(path).replace(path)
         return self.output.commit()
 
-    def _noted(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows as they pass, with the sizes of their places."""
-        name = self.output.target.name
+    def _make(self, name: str, rows: Rows) -> None:
+        """One file of these rows, and their places in it."""
+        laid: list[_Laid] = []
+        skeleton, positions = self._lay_out(self._schema, self._noted(name, rows, laid))
+        for row, found in zip(laid, positions, strict=True):
+            row.places[:] = [p._replace(offset=at) for p, at in zip(row.places, found, strict=True)]
+        self.output.create(name, skeleton.size)
+        holes = ((p.offset, p.n_bytes) for row in laid for p in row.places if p.n_bytes)
+        for at, data in skeleton.structure(holes):
+            self.output.write(name, at, np.frombuffer(data, np.uint8))
+
+    def _noted(self, name: str, rows: Iterable[Row], laid: list[_Laid]) -> Iterator[Row]:
+        """The rows as they pass, with the sizes of their places in file `name`."""
         for row in rows:
             places = [Place(name, 0, n) for n in row.sizes.values()]
-            self._rows[row.piece.entry.info.name, row.piece.number] = _Laid(places, identity(row.batch))
+            laid.append(_Laid(places, identity(row.batch)))
+            self._rows[row.piece.entry.info.name, row.piece.number] = laid[-1]
             yield row
+
+
+def _compressed(file: Path) -> Path:
+    """Where a file is compressed to, before it takes its place."""
+    return file.with_name(f"{file.name}.compressed")

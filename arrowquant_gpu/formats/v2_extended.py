@@ -1,13 +1,14 @@
 """A quantized model as rows of one file, for Parquet and Arrow IPC alike: the columns, and the hash of a row.
 
 The columns are those of `arrow_columns` with float32 scales, and two more: `reason` and `xxh3_128` (docs/parquet.md).
-Each piece of a tensor (pieces.py) is a row, and every row alone is enough to decode its part.
+A model of which more is known than its weights (`Diffusion`) has five others before the hash. Each piece of a tensor
+(pieces.py) is a row, and every row alone is enough to decode its part.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,25 @@ from numpy.typing import NDArray
 
 from .. import arrow_columns
 from ..dtypes import DTYPES
-from ..errors import InputError
+from ..errors import FormatError, InputError, SourceError
 from ..schemes import rows_and_length
-from . import TensorInfo
+from . import Diffusion, Entry, TensorInfo
+from .diffusion_columns import divisors_of
 
 # Scales are float32 in files, which holds those of every storage type exactly, so that any reader can use them.
 SCALE_DTYPE = "float32"
 COLUMNS = pa.schema([*arrow_columns.schema(SCALE_DTYPE), ("reason", pa.string()), ("xxh3_128", pa.string())])
+
+# What is known of a tensor of a diffusion model beside its weights; all null where nothing is.
+DIFFUSION = pa.schema(
+    [
+        ("is_diffusion_model", pa.bool_()),
+        ("modality", pa.string()),
+        ("time_aware_quant_json", pa.string()),
+        ("spatial_quant_json", pa.string()),
+        ("activation_stats_json", pa.string()),
+    ]
+)
 
 # What a row holds is in three columns; all others but the hash say what it is.
 IDENTITY = tuple(name for name in COLUMNS.names if name not in ("data", "scales", "zero_points", "xxh3_128"))
@@ -33,6 +46,48 @@ VERSION_KEY = b"arrowquant.version"
 PROVENANCE_KEY = b"arrowquant.provenance"
 CONFIG_KEY = b"arrowquant.config"
 METADATA_KEY = b"arrowquant.source_metadata"
+
+
+def columns_of(entries: Iterable[Entry]) -> pa.Schema:
+    """The columns of a file with these entries: `COLUMNS`, with those of `DIFFUSION` where any entry needs them.
+
+    >>> columns_of([]).equals(COLUMNS)
+    True
+    """
+    if all(entry.diffusion is None for entry in entries):
+        return COLUMNS
+    *kept, digest = COLUMNS
+    return pa.schema([*kept, *DIFFUSION, digest])
+
+
+def diffusion_cells(known: Diffusion | None) -> dict[str, Any]:
+    """The cells of `DIFFUSION`, by column. The divisors are those in spatial_quant_json (see `check_divisors`)."""
+    if known is None:
+        return dict.fromkeys(DIFFUSION.names)
+    cells = (True, known.modality, known.time_aware, known.spatial, known.activation_stats)
+    return dict(zip(DIFFUSION.names, cells, strict=True))
+
+
+def check_divisors(entry: Entry) -> None:
+    """Raise FormatError where the divisors of an entry are not those in its JSON: what is decoded would be wrong."""
+    known = entry.diffusion
+    if known is None:
+        return
+    stored = divisors_of(known.spatial)
+    if not (stored is known.divisors is None or np.array_equal(stored, known.divisors)):  # type: ignore[arg-type]
+        raise FormatError(f"{entry.info.name}: its divisors are not those in its spatial_quant_json")
+
+
+def diffusion_of(cells: Mapping[str, Any]) -> Diffusion | None:
+    """The inverse of `diffusion_cells`. Raises SourceError for cells that contradict one another."""
+    is_known, modality, time_aware, spatial, stats = (cells[name] for name in DIFFUSION.names)
+    if not is_known:
+        if others := [name for name in DIFFUSION.names[1:] if cells[name] is not None]:
+            raise SourceError(f"is_diffusion_model is {json.dumps(is_known)} and {others[0]} is not null")
+        return None
+    if modality is None:
+        raise SourceError("is_diffusion_model is true and modality is null")
+    return Diffusion(modality, divisors_of(spatial), time_aware, spatial, stats)
 
 
 def copied_shape(info: TensorInfo) -> tuple[int, int]:
@@ -52,7 +107,8 @@ def data_of(batch: pa.RecordBatch) -> NDArray[np.uint8]:
 
 def identity(batch: pa.RecordBatch) -> bytes:
     """What a one-row batch says it is: the part of its hash that does not depend on its values."""
-    return json.dumps([batch[c][0].as_py() for c in IDENTITY], separators=(",", ":")).encode()
+    names = IDENTITY if DIFFUSION.names[0] not in batch.schema.names else (*IDENTITY, *DIFFUSION.names)
+    return json.dumps([batch[c][0].as_py() for c in names], separators=(",", ":")).encode()
 
 
 def values_hash(identity: bytes, values: Iterable[NDArray[Any]]) -> str:
