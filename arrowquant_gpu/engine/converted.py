@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import KERNEL_DTYPES
+from ..formats import Entry
 from ..formats.pieces import Piece
 from ..reference import to_float32
 
@@ -23,10 +24,16 @@ def is_converted(piece: Piece) -> bool:
 
 def divisors_of(piece: Piece) -> NDArray[np.float32] | None:
     """The divisors of the columns of a quantized piece, float32 [columns], None where it has none."""
-    diffusion = piece.entry.diffusion
-    if diffusion is None or diffusion.divisors is None or piece.entry.scheme is None:
+    return columns_of(piece.entry, piece.column, piece.columns)
+
+
+def columns_of(entry: Entry, first: int, n: int) -> NDArray[np.float32] | None:
+    """The divisors of `n` columns of a quantized tensor from that of weight number `first` (row-major) on."""
+    divisors = None if entry.diffusion is None or entry.scheme is None else entry.diffusion.divisors
+    if divisors is None:
         return None
-    return diffusion.divisors[piece.column : piece.column + piece.columns]
+    start = first % max(1, divisors.size)
+    return divisors[start : start + n]
 
 
 def convert(x: NDArray[Any], divisors: NDArray[np.float32] | None, out: NDArray[np.float32]) -> None:

@@ -21,6 +21,7 @@ from .. import __version__, ops, trace
 from ..backends import Backend, get_backend
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..engine import Progress
+from ..engine.converted import columns_of, recover
 from ..errors import InputError
 from ..formats import Entry, QuantizedCheckpoint, safetensors
 from ..formats.compressed_tensors import INDEX
@@ -147,21 +148,24 @@ def _dtype(entry: Entry, dtype: str | None) -> str:
 
 def _decoded(source: QuantizedCheckpoint, name: str, dtype: str, backend: Backend) -> Iterator[NDArray[Any]]:
     """A tensor's elements in order, in `dtype`, in pieces that are used before the next is asked for."""
-    kernel_dtype = dtype if dtype in KERNEL_DTYPES else "float32"
-    for _, piece in pieces(source, name):
+    for at, piece in pieces(source, name):
         if not isinstance(piece, QuantizedTensor):
             yield piece
             continue
+        divisors = columns_of(source.entries[name], at, piece.shape[1])
+        # What is multiplied again is rounded to its dtype after that.
+        kernel_dtype = dtype if dtype in KERNEL_DTYPES and divisors is None else "float32"
         out = np.empty(piece.shape, DTYPES[kernel_dtype].numpy)
         ops.dequantize_rows(piece.packed, piece.scales, piece.zeros, piece.scheme, out, backend=backend, name=name)
+        recover(out, divisors)
         yield out if dtype == kernel_dtype else narrow(out, dtype)
 
 
 def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Decoded weights in an original dtype that the kernels do not write: one rounding, saturating.
+    """Decoded weights in another dtype than kernels wrote them in: one rounding, saturating as far as they do not.
 
     Saturating, because the lowest code stands for a value slightly beyond the largest weight, for which
-    float8_e4m3fn has no infinity and an integer no value.
+    float8_e4m3fn has no infinity and an integer no value. float16 and bfloat16 have one, as of kernels.
 
     >>> narrow(np.array([-480, 1.3], np.float32), "float8_e4m3fn").astype(float).tolist()
     [-448.0, 1.25]
@@ -175,7 +179,8 @@ def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     if row.bits == 8:
         largest = np.float32(ml_dtypes.finfo(row.numpy).max)  # type: ignore[no-untyped-call]
         values = np.clip(values, -largest, largest)
-    return values.astype(row.numpy)
+    with np.errstate(over="ignore"):
+        return values.astype(row.numpy)
 
 
 def _lay_out(source: QuantizedCheckpoint, output: Output, dtype: str | None) -> dict[str, tuple[str, int, int]]:

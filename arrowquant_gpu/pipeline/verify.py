@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .. import ops
 from ..backends import Backend, get_backend
 from ..engine import Progress
+from ..engine.converted import columns_of, convert, recover
 from ..engine.figures import Figures
 from ..errors import InputError, VerifyError
 from ..formats import Checkpoint, Entry, QuantizedCheckpoint, TensorInfo
@@ -279,9 +280,15 @@ class _Compare:
                 with self.lock:
                     parts = piece.packed, piece.scales, piece.zeros
                     ops.dequantize_rows(*parts, scheme, decoded, backend=self.backend, name=name)
-                x = want[at : at + decoded.size].reshape(decoded.shape)
+                x = divided = want[at : at + decoded.size].reshape(decoded.shape)
+                divisors = columns_of(entry, at, decoded.shape[1])
+                if divisors is not None:
+                    # Steps are of the weights that were rounded.
+                    divided = np.empty(decoded.shape, np.float32)
+                    convert(x, divisors, divided)
+                in_steps, excess = steps_off(divided, decoded, piece)
+                recover(decoded, divisors)
                 figures.add(x, decoded)
-                in_steps, excess = steps_off(x, decoded, piece)
                 steps = float(np.maximum(steps, in_steps.max(initial=0)))
                 bad = np.flatnonzero(~(excess <= 0))
                 if bad.size and over < 0:
