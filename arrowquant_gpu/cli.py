@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,9 @@ from .cli_report import Report
 from .cli_size import parse_size
 from .errors import ArrowQuantError, SchemeError
 from .schemes import Scheme
+
+if TYPE_CHECKING:
+    from .pipeline.profiles import Profile
 
 INTERRUPTED, TERMINATED, BROKEN_PIPE, BUG = 130, 143, 141, 70
 
@@ -66,6 +69,31 @@ def quantize(
         str | None, typer.Option(metavar="N", help="Weights that share a scale: a number, channel or tensor.")
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="edge, local or cloud: scheme, --min-accuracy and the defaults of a calibration, instead of --scheme. "
+            "--bits, --group-size and --min-accuracy beside it override that part.",
+        ),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            metavar="C",
+            help="Give a tensor whose measured cosine is under C the next of 2, 4 and 8 bits, or keep it. Reads the "
+            "weights once more.",
+        ),
+    ] = None,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="Begin with 2, 4 or 8 bits by the entropy of each tensor. Reads them.")
+    ] = False,
+    sensitive: Annotated[
+        str, typer.Option(metavar="HOW", help="keep embeddings, output heads and the like, or raise them to 8 bits.")
+    ] = "keep",
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="A tensor under the least accuracy is an error.")
+    ] = False,
     format: Annotated[  # noqa: A002 - the parameter is the option's name
         str | None,
         typer.Option(
@@ -88,7 +116,7 @@ def quantize(
         list[str] | None, typer.Option(metavar="RE", help="Keep tensors whose name matches; may be repeated, wins.")
     ] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Measure the error of every tensor on the way.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; writes nothing.")] = False,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run for the same DST ended. Same bytes.")
@@ -118,26 +146,39 @@ def quantize(
 
     SRC may be a safetensors file, a sharded index, a Hugging Face model directory or, with the hub extra, a Hub id.
     Linear weights are quantized; embeddings, output heads, norms, biases and routers are kept, unless --include says
-    otherwise. --dry-run shows what would happen to each tensor and why.
+    otherwise. --dry-run shows what would happen to each tensor and why, from headers alone unless --profile,
+    --min-accuracy or --entropy has the weights measured.
     """
     with _run("quantize", json, quiet, verbose, debug) as report:
         from .backends import pick_devices
         from .formats.hub import resolve
         from .pipeline import quantize_checkpoint
+        from .pipeline.profiles import profile as find_profile
+        from .pipeline.widths import Widths
 
-        chosen, source = _scheme(scheme, bits, group_size, asymmetric), resolve(src)
+        of_profile = None if profile is None else find_profile(profile)
+        chosen = _scheme(scheme, bits, group_size, asymmetric, of_profile)
+        if min_accuracy is None and of_profile is not None:
+            min_accuracy = of_profile.min_accuracy
+        widths: dict[str, Any] = {"min_accuracy": min_accuracy, "entropy": entropy, "sensitive": sensitive}
+        source = resolve(src)
         options: dict[str, Any] = {
             "format": format,
             "include": include or (),
             "ignore": ignore or (),
             "overwrite": overwrite,
+            "widths": Widths(**widths, fail_fast=fail_fast),
+            "threads": threads,
+            "memory_limit": parse_size(memory_limit),
         }
         if dry_run:
-            report.plan(quantize_checkpoint(source, dst, chosen, dry_run=True, **options))
+            with progress_bar("measuring", shown=not quiet) as progress:
+                options |= {"device": device, "progress": progress}
+                report.plan(quantize_checkpoint(source, dst, chosen, dry_run=True, **options))
             return
         picked = pick_devices(device)
-        options |= {"device": [p.name for p in picked], "threads": threads, "validate": validate, "read": read}
-        options |= {"memory_limit": parse_size(memory_limit), "resume": resume, "timeline": timeline}
+        options |= {"device": [p.name for p in picked], "validate": validate, "read": read}
+        options |= {"resume": resume, "timeline": timeline}
         with progress_bar("quantizing", shown=not quiet) as progress, compile_time(picked) as compiling:
             result = quantize_checkpoint(source, dst, chosen, progress=progress, **options)
         report.quantized(result, src, dst, picked, compiling())
@@ -264,8 +305,17 @@ def _common(
     pass
 
 
-def _scheme(scheme: str | None, bits: int | None, group_size: str | None, asymmetric: bool) -> Scheme:
-    """The scheme that the options name, by id or by parts."""
+def _scheme(
+    scheme: str | None, bits: int | None, group_size: str | None, asymmetric: bool, profile: Profile | None
+) -> Scheme:
+    """The scheme that the options name, by id or by parts, of which a profile gives those that are left out."""
+    if profile is not None:
+        if scheme is not None:
+            raise SchemeError(
+                "give --scheme or --profile, not both; --bits and --group-size change a part of a profile"
+            )
+        bits = profile.bits if bits is None else bits
+        group_size, asymmetric = group_size or str(profile.group_size), True
     if scheme is not None:
         if bits is not None or group_size is not None or asymmetric:
             raise SchemeError("give --scheme, or --bits, --group-size and --asymmetric, not both")

@@ -32,8 +32,12 @@ _PLAN: tuple[Column, ...] = (
     ("bytes_before", "before", True),
     ("bytes_after", "after", True),
     ("bits_per_weight", "bits/weight", True),
+    ("accuracy", "accuracy", True),
+    ("entropy", "entropy", True),
     ("reason", "reason", False),
 )
+# Of a plan, shown where they were measured.
+_MEASURED = ("accuracy", "entropy")
 _FIGURES: tuple[Column, ...] = (
     ("name", "tensor", False),
     ("scheme", "scheme", False),
@@ -88,7 +92,9 @@ class Report:
     def plan(self, plan: Plan) -> None:
         """The plan of a dry run: every tensor, then the totals."""
         rows, summary = plan.table.to_pylist(), plan.summary
-        self.add(table(rows, _PLAN), _totals(summary, "would be"), *_warnings(summary), summary=summary, tensors=rows)
+        absent = [key for key in _MEASURED if all(row[key] is None for row in rows)]
+        columns = [column for column in _PLAN if column[0] not in absent]
+        self.add(table(rows, columns), _totals(summary, "would be"), *_warnings(summary), summary=summary, tensors=rows)
 
     def quantized(self, manifest: Manifest, src: str, dst: object, devices: Sequence[Device], compiling: float) -> None:
         """A finished run: totals, speed, and the worst tensors where they were measured. `compiling`: seconds of it."""
@@ -212,7 +218,7 @@ def _cell(key: str, value: Any) -> str:
         return size(value)
     if key == "shape":
         return "x".join(map(str, value)) or "scalar"
-    if key == "cosine":
+    if key in ("cosine", *_MEASURED):
         return f"{value:.6f}"
     if key in ("sqnr_db", "bits_per_weight"):
         return f"{value:.2f}"

@@ -23,6 +23,7 @@ import arrowquant_gpu
 from arrowquant_gpu import backends, cli, cli_report, pipeline
 from arrowquant_gpu.errors import ArrowQuantError
 from arrowquant_gpu.formats import hub
+from arrowquant_gpu.pipeline.widths import Widths
 
 from .fixtures import sparse_llama, tiny_llama, write_safetensors
 
@@ -118,6 +119,10 @@ def test_a_dry_run_shows_every_tensor_and_writes_nothing(model: Path, tmp_path: 
         (["--bits", "8", "--group-size", "channel"], "int8_channel"),
         (["--group-size", "tensor"], "int4_tensor"),
         (["--scheme", "int6_g32_asym_bf16"], "int6_g32_asym_bf16"),
+        (["--profile", "edge"], "int2_g256_asym"),
+        (["--profile", "local"], "int4_g128_asym"),
+        (["--profile", "cloud"], "int8_g64_asym"),
+        (["--profile", "edge", "--bits", "3", "--group-size", "channel"], "int3_channel_asym"),
     ],
 )
 def test_scheme_options(weights: Path, tmp_path: Path, options: list[str], scheme: str) -> None:
@@ -134,10 +139,12 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(pipeline, "quantize_checkpoint", spy)
     given = "--format arrow --device cpu,reference --threads 2 --include a --include b --ignore c --validate"
     more = "--overwrite --resume --memory-limit 1.5GiB --read direct --timeline t.json"
+    more += " --min-accuracy 0.5 --entropy --sensitive raise --fail-fast"
     assert run("quantize", weights, tmp_path / "q", *given.split(), *more.split()).exit_code == 1
     paths = {"src": weights, "dst": tmp_path / "q", "timeline": Path("t.json")}
     choices = {"format": "arrow", "device": ["cpu", "reference"], "threads": 2, "include": ["a", "b"], "ignore": ["c"]}
-    flags = {"validate": True, "overwrite": True, "resume": True, "progress": None}
+    widths = Widths(0.5, entropy=True, sensitive="raise", fail_fast=True)
+    flags = {"validate": True, "overwrite": True, "resume": True, "progress": None, "widths": widths}
     assert seen == paths | choices | flags | {"memory_limit": 3 << 29, "read": "direct"}
 
 
@@ -198,7 +205,13 @@ ERRORS = [
     (3, "quantize WEIGHTS OUT --device cpu --read gds", "GPU memory"),
     (4, "quantize WEIGHTS OUT --device cpu,cpu", "different"),
     (4, "quantize WEIGHTS OUT --device all", "every GPU"),
+    (2, "quantize WEIGHTS OUT --profile desert", "edge, local, cloud"),
+    (2, "quantize WEIGHTS OUT --profile edge --scheme int4_g64", "--group-size"),
     (3, "quantize NAN OUT --device cpu", "fc.weight"),
+    (3, "quantize NAN OUT --device cpu --profile edge", "fc.weight"),
+    (3, "quantize WEIGHTS OUT --min-accuracy 1.5", "1.5"),
+    (3, "quantize WEIGHTS OUT --sensitive often", "often"),
+    (3, "quantize WEIGHTS OUT --fail-fast", "min_accuracy"),
     (4, "quantize WEIGHTS OUT --device cuda", "cuda"),
     (4, "quantize WEIGHTS OUT --device tpu", "tpu"),
     (5, "quantize OUT/none WEIGHTS", "none"),
@@ -209,6 +222,9 @@ ERRORS = [
     (7, "quantize MODEL OUT --scheme int3_g32 --device cpu", "int3_g32"),
     (7, "quantize WEIGHTS OUT --format gguf --device cpu", "gguf"),
     (9, "quantize WEIGHTS OUT --ignore fc --device cpu", "--include"),
+    (10, "quantize WEIGHTS OUT --min-accuracy 1 --device cpu", "fc.weight"),
+    (10, "quantize WEIGHTS OUT --profile edge --min-accuracy 0.95 --fail-fast --device cpu", "fc.weight"),
+    (10, "quantize WEIGHTS OUT --min-accuracy 1 --device cpu --dry-run", "--ignore"),
     (9, "quantize WEIGHTS OUT --include nothing --device cpu", "nothing"),
 ]
 

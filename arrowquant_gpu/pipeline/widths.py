@@ -25,7 +25,8 @@ from ..engine.figures import Figures
 from ..engine.interrupts import no_interrupt
 from ..engine.ring import RESERVE, anonymous_bytes
 from ..errors import FormatError, InputError, QualityError
-from ..formats import Checkpoint, Entry, Sink
+from ..formats import Checkpoint, Diffusion, Entry, Sink
+from ..formats.diffusion_columns import from_json, to_json
 from ..formats.pieces import Piece
 from ..reference import Findings
 from ..schemes import Scheme, rows_and_length
@@ -167,13 +168,19 @@ class _Part:
         reason = self.entry.reason
         if why:
             reason = "; ".join([reason, *why]) + (": kept" if scheme is None else f": {bits} bits")
-        entry = dataclasses.replace(self.entry, scheme=scheme, reason=reason)
-        if scheme is None and entry.diffusion is not None:
-            # What is copied is not divided.
-            entry = dataclasses.replace(
-                entry, diffusion=dataclasses.replace(entry.diffusion, divisors=None, spatial=None)
-            )
+        diffusion = self.entry.diffusion if scheme is not None else _undivided(self.entry.diffusion)
+        entry = dataclasses.replace(self.entry, scheme=scheme, reason=reason, diffusion=diffusion)
         return _Choice(entry, Measured(self.accuracy, self.entropy))
+
+
+def _undivided(diffusion: Diffusion | None) -> Diffusion | None:
+    """The same of a tensor that is kept: what is copied is not divided."""
+    if diffusion is None or diffusion.divisors is None:
+        return diffusion
+    spatial = diffusion.spatial
+    if spatial is not None:
+        spatial = to_json(dataclasses.replace(from_json(spatial), divisors=None, reason="kept in float"))
+    return dataclasses.replace(diffusion, divisors=None, spatial=spatial)
 
 
 class _Work:
