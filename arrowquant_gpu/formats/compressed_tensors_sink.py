@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, KERNEL_DTYPES
-from ..errors import FormatError, SourceError
+from ..errors import FormatError
 from ..schemes import Scheme
 from . import Checkpoint, Codes, Entry, Place, TensorInfo, safetensors
 from .compressed_tensors import BITS, INDEX, RECORD, n_words, stored_tensors
-from .model_card import model_card
-from .output import MANIFEST, Output, target_errors
+from .model_directory import copy_side_files, write_json
+from .output import MANIFEST, Output
 from .pieces import Cut, Piece, pieces
 
 # Linear layers of these models are transformers' Conv1D modules, [in, out], which the readers do not match.
@@ -109,8 +107,8 @@ class CompressedTensorsSink:
     def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
         """Make every file of the output in its final size, all but the weights in their final content. See `Sink`."""
         out = self._output
-        self._write_side_files(source, provenance)
-        self._write_json("config.json", self._config_of(entries, provenance))
+        self._copy_side_files(source, provenance)
+        write_json(out, "config.json", self._config_of(entries, provenance))
         # One output file per source file: what lay together stays together, and no plan of sizes is needed.
         sources = list(dict.fromkeys(e.info.file for e in entries))
         weight_map: dict[str, str] = {}
@@ -132,7 +130,7 @@ class CompressedTensorsSink:
             total += sum(end - begin for begin, end in places.values())
         if len(sources) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            self._write_json(INDEX, index)
+            write_json(out, INDEX, index)
         for entry in entries:
             if entry.scheme is not None:
                 place = self._place(_module(entry) + ".weight_shape", 0, 16)
@@ -189,32 +187,12 @@ class CompressedTensorsSink:
         file, begin = self._places[tensor]
         return Place(file, begin + offset, n_bytes)
 
-    def _write_side_files(self, source: Checkpoint, provenance: dict[str, str]) -> None:
-        root = source.path if source.path.is_dir() else source.path.parent
-        card = None
-        for file in source.side_files:
-            name = str(file.relative_to(root))
-            if name == "README.md":
-                with _open(file) as f:
-                    card = f.read()
-            elif name not in ("config.json", INDEX, MANIFEST):
-                self._copy(file, name)
+    def _copy_side_files(self, source: Checkpoint, provenance: dict[str, str]) -> None:
         summary = (
             f"Weights quantized to {provenance.get('scheme', 'integers')} with arrowquant_gpu, in the format "
             f"pack-quantized of compressed-tensors. What was done to each tensor is in `{MANIFEST}`."
         )
-        self._write_text("README.md", model_card(card, provenance, summary))
-
-    def _copy(self, file: Path, name: str) -> None:
-        with _open(file) as source, target_errors(self._output.target), self._output.path(name).open("wb") as target:
-            shutil.copyfileobj(source, target)
-
-    def _write_json(self, name: str, value: object) -> None:
-        self._write_text(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-    def _write_text(self, name: str, data: bytes) -> None:
-        with target_errors(self._output.target, len(data)):
-            self._output.path(name).write_bytes(data)
+        copy_side_files(self._output, source, provenance, summary, without=("config.json", INDEX))
 
     def _config_of(self, entries: Sequence[Entry], provenance: dict[str, str]) -> dict[str, Any]:
         modules: dict[Scheme, list[str]] = {}
@@ -278,13 +256,6 @@ def ignore_list(entries: Sequence[Entry], config: Mapping[str, Any]) -> list[str
     if not is_base and not has_head and not any(re.match(_TIED_HEAD[3:], name) for name in quantized):
         ignored[_TIED_HEAD] = None
     return list(ignored)
-
-
-def _open(file: Path) -> BinaryIO:
-    try:
-        return file.open("rb")
-    except OSError as e:
-        raise SourceError(f"{file}: cannot be read: {e.strerror}") from e
 
 
 def _module(entry: Entry) -> str:
