@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from ..errors import InputError
+from ..errors import FormatError, InputError
 from ..formats import Checkpoint, Diffusion, Entry
 from ..formats.diffusion_columns import to_json as spatial_json
 from ..schemes import BITS
-from .calibration import Calibration, read_calibration
+from .calibration import Activations, Calibration, read_calibration
 from .modality import MODALITIES, Modality, detect
 from .spatial import equalize
 from .time_aware import TimeGroup, activation_table, boundaries, stats_json, time_groups
@@ -23,6 +23,8 @@ from .time_aware import to_json as time_aware_json
 
 STRATEGIES = {"text": "time-aware", "code": "time-aware", "image": "spatial", "audio": "spatial"}
 EQUALIZED = "columns equalized by calibration"
+# Formats whose readers would not multiply by divisors.
+WITHOUT_DIVISORS = ("compressed-tensors",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +68,30 @@ class DiffusionOptions:
 
 class Prepared(NamedTuple):
     """entries: those of the plan, of a diffusion model with `diffusion`; activations: the table of time_aware.py, if
-    there is one; modality: None where nothing is to be said of it; warnings: sentences."""
+    there is one; modality: None where nothing is to be said of it; reasons: what calibration does to the weights of a
+    tensor, by name; warnings: sentences."""
 
     entries: tuple[Entry, ...]
     activations: pa.Table | None
     modality: Modality | None
+    reasons: Mapping[str, str]
     warnings: tuple[str, ...]
 
 
-def prepare(entries: Sequence[Entry], source: Checkpoint, options: DiffusionOptions | None) -> Prepared:
+def prepare(
+    entries: Sequence[Entry], source: Checkpoint, options: DiffusionOptions | None, format_name: str
+) -> Prepared:
     """Add to planned entries what their modality calls for: time-aware for text and code, spatial for image and audio.
 
     Without options, only models that say of themselves that they are diffusion models are touched. Spatial calibration
     reads the weights once, to find the largest of each column; everything else reads headers.
 
-    Raises InputError and SourceError for a calibration that cannot be used.
+    Raises InputError and SourceError for a calibration that cannot be used, and FormatError where it equalizes columns
+    and format `format_name` cannot carry that.
     """
     found = detect(source, None if options is None else options.modality)
     if options is None and not found.is_diffusion:
-        return Prepared(tuple(entries), None, None, ())
+        return Prepared(tuple(entries), None, None, {}, ())
     options = options or DiffusionOptions()
     warnings: list[str] = []
     if found.name is None:
@@ -94,7 +101,7 @@ def prepare(entries: Sequence[Entry], source: Checkpoint, options: DiffusionOpti
         )
         if options.calibration is not None:
             raise InputError(f"{options.calibration}: calibration is of use for a known modality only. {warnings[0]}")
-        return Prepared(tuple(entries), None, found, tuple(warnings))
+        return Prepared(tuple(entries), None, found, {}, tuple(warnings))
     is_spatial = STRATEGIES[found.name] == "spatial"
     quantized = {e.info.name for e in entries if e.scheme}
     calibration = None
@@ -106,6 +113,13 @@ def prepare(entries: Sequence[Entry], source: Checkpoint, options: DiffusionOpti
             n_samples=options.calibration_samples,
         )
         warnings += _unmatched(options.calibration, calibration, quantized)
+        has_channels = any(activations.absmax is not None for activations in calibration.layers.values())
+        if is_spatial and has_channels and format_name in WITHOUT_DIVISORS:
+            raise FormatError(
+                f"{format_name} cannot carry the divisors that {options.calibration} gives a model of modality "
+                f"{found.name}: its readers would not multiply by them. Choose --format parquet or arrow, or leave "
+                f"--calibration out."
+            )
     elif is_spatial:
         warnings.append(
             f"{found.name} model ({found.why}), and no calibration data: weights are quantized per group, columns are "
@@ -117,9 +131,22 @@ def prepare(entries: Sequence[Entry], source: Checkpoint, options: DiffusionOpti
             f"weights are the same for all time steps. Give activations with calibration (--calibration)."
         )
     groups = {} if calibration is None or is_spatial else _groups(calibration, entries, options)
-    is_marked = found.is_diffusion or calibration is not None
-    prepared = tuple(_entry(e, found.name, source, calibration, groups, options) if is_marked else e for e in entries)
-    return Prepared(prepared, activation_table(groups) if groups else None, found, tuple(warnings))
+    table = activation_table(groups) if groups else None
+    if not (found.is_diffusion or calibration is not None):
+        return Prepared(tuple(entries), table, found, {}, tuple(warnings))
+    prepared, reasons = [], dict[str, str]()
+    for entry in entries:
+        diffusion = Diffusion(found.name)
+        if entry.scheme is not None:
+            activations = None if calibration is None else calibration.layers.get(entry.info.name)
+            diffusion = _of_activations(diffusion, activations, groups.get(entry.info.name))
+            if is_spatial:
+                spatial = equalize(source, entry.info, activations, options.smoothing)
+                diffusion = dataclasses.replace(diffusion, divisors=spatial.divisors, spatial=spatial_json(spatial))
+                if calibration is not None:
+                    reasons[entry.info.name] = EQUALIZED if spatial.divisors is not None else spatial.reason or ""
+        prepared.append(dataclasses.replace(entry, diffusion=diffusion))
+    return Prepared(tuple(prepared), table, found, reasons, tuple(warnings))
 
 
 def _groups(
@@ -136,29 +163,15 @@ def _groups(
     }
 
 
-def _entry(
-    entry: Entry,
-    modality: str,
-    source: Checkpoint,
-    calibration: Calibration | None,
-    groups: dict[str, list[TimeGroup]],
-    options: DiffusionOptions,
-) -> Entry:
-    """The entry with what is known of it; one that is copied has only the modality."""
-    name, reason = entry.info.name, entry.reason
-    diffusion = Diffusion(modality)
-    if entry.scheme is not None:
-        activations = None if calibration is None else calibration.layers.get(name)
-        if activations is not None:
-            diffusion = dataclasses.replace(diffusion, activation_stats=stats_json(activations))
-        if name in groups:
-            diffusion = dataclasses.replace(diffusion, time_aware=time_aware_json(groups[name]))
-        if STRATEGIES[modality] == "spatial":
-            spatial = equalize(source, entry.info, activations, options.smoothing)
-            diffusion = dataclasses.replace(diffusion, divisors=spatial.divisors, spatial=spatial_json(spatial))
-            if calibration is not None:
-                reason += f"; {EQUALIZED if spatial.divisors is not None else spatial.reason}"
-    return dataclasses.replace(entry, reason=reason, diffusion=diffusion)
+def _of_activations(
+    diffusion: Diffusion, activations: Activations | None, groups: Sequence[TimeGroup] | None
+) -> Diffusion:
+    """With what calibration says of the layer's inputs."""
+    return dataclasses.replace(
+        diffusion,
+        activation_stats=None if activations is None else stats_json(activations),
+        time_aware=None if groups is None else time_aware_json(groups),
+    )
 
 
 def _unmatched(path: str | Path, calibration: Calibration, quantized: set[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import xxhash
 
 from .. import __version__, trace
 from ..backends import pick_devices
+from ..diffusion import DiffusionOptions, Prepared, prepare
 from ..engine import Device, Progress
 from ..engine import run as engine
 from ..engine.journal import Journal
@@ -23,6 +25,7 @@ from ..formats.checkpoint import open_checkpoint
 from ..formats.compressed_tensors_sink import CompressedTensorsSink
 from ..formats.output import Output, target_errors
 from ..schemes import Scheme
+from .diffusion import decided, explained, modality_of, write_activations
 from .manifest import Manifest, Run, manifest_table, write_manifest
 from .plan import Plan, make_plan
 from .widths import Widths, revise
@@ -49,6 +52,7 @@ def quantize_checkpoint(
     resume: bool = ...,
     timeline: str | Path | None = ...,
     widths: Widths | None = ...,
+    diffusion: DiffusionOptions | None = ...,
     progress: Progress | None = ...,
 ) -> Plan: ...
 
@@ -72,6 +76,7 @@ def quantize_checkpoint(
     resume: bool = ...,
     timeline: str | Path | None = ...,
     widths: Widths | None = ...,
+    diffusion: DiffusionOptions | None = ...,
     progress: Progress | None = ...,
 ) -> Manifest: ...
 
@@ -94,6 +99,7 @@ def quantize_checkpoint(
     resume: bool = False,
     timeline: str | Path | None = None,
     widths: Widths | None = None,
+    diffusion: DiffusionOptions | None = None,
     progress: Progress | None = None,
 ) -> Manifest | Plan:
     """Quantize the safetensors checkpoint `src` into `dst`, which appears when it is complete.
@@ -108,7 +114,7 @@ def quantize_checkpoint(
     include, ignore: regular expressions over tensor names, see docs/policy.md
     validate: measure the error of every quantized tensor (columns of the manifest)
     overwrite: replace what is at `dst`; only ever what an earlier run wrote, never the source
-    dry_run: return the plan; writes nothing, and reads headers only unless `widths` needs more
+    dry_run: return the plan; writes nothing, and reads headers only unless `widths` or `diffusion` needs more
     read: how the source is read: "auto", "mapped", "buffered", "direct" (past the page cache) or "gds" (GPUDirect
         Storage, with kvikio)
     memory_limit: bytes of anonymous host memory and of device memory together; the buffers are made to fit
@@ -116,6 +122,8 @@ def quantize_checkpoint(
     timeline: a file for a trace of what ran when, for chrome://tracing or ui.perfetto.dev
     widths: how the width of each tensor follows from what is measured of it, see `Widths` and docs/widths.md; the
         weights are then read once more, before the run
+    diffusion: modality and calibration of a diffusion model, see `DiffusionOptions` and docs/diffusion.md; by default
+        what the checkpoint says of itself, without calibration
     progress: called with (bytes done, bytes in all, tensor name), where `widths` measures first for that and then for
         the run; an exception from it ends the run
 
@@ -131,7 +139,7 @@ def quantize_checkpoint(
         (1, 5.0)
 
     Raises SchemeError, SourceError, PolicyError, FormatError, TargetError, NonFiniteError, ScaleOverflowError,
-    QualityError (`widths`) and DeviceError.
+    QualityError (`widths`), InputError (`diffusion`) and DeviceError.
     """
     start = time.perf_counter()
     scheme, widths = Scheme.parse(scheme), widths or Widths()
@@ -146,23 +154,27 @@ def quantize_checkpoint(
     with contextlib.nullcontext() if timeline is None or dry_run else trace.timeline(timeline):
         with trace.span("plan", source.path.name):
             plan = make_plan(source, sink, scheme, include, ignore, widths.sensitive)
-        if not dry_run:
-            output.check()
+            if not dry_run:
+                output.check()
+            prepared = prepare(plan.entries, source, diffusion, plan.format)
+            plan = dataclasses.replace(plan, entries=prepared.entries)
         if dry_run and not widths.is_measured:
-            return plan
+            return explained(plan, prepared)
         names = [picked.name for picked in pick_devices(device)]
         bounds: dict[str, Any] = {"threads": threads, "memory_limit": memory_limit}
         plan = revise(plan, source, sink, widths, devices=names, progress=progress, **bounds)
+        plan = explained(plan, prepared)
         if dry_run:
             return plan
         pieces = [piece for entry in plan.entries for piece in sink.pieces(entry)]
         options: dict[str, Any] = {**bounds, "read": read}
         with open_devices(names, source, pieces, validate=validate, **options) as devices:
-            return _carry_out(plan, source, sink, output, devices, start, validate, progress)
+            return _carry_out(plan, prepared, source, sink, output, devices, start, validate, progress)
 
 
 def _carry_out(
     plan: Plan,
+    prepared: Prepared,
     source: Checkpoint,
     sink: Sink,
     output: Output,
@@ -171,7 +183,7 @@ def _carry_out(
     validate: bool,
     progress: Progress | None,
 ) -> Manifest:
-    origin = provenance(source, plan)
+    origin = {**provenance(source, plan), **modality_of(prepared)}
     try:
         output.begin()
         with contextlib.closing(Journal(output, fingerprint(plan, origin, validate))) as journal:
@@ -179,6 +191,7 @@ def _carry_out(
                 sink.open(plan.entries, source, dict(origin))
             finished = engine.run(plan.entries, sink, output, devices, journal, validate=validate, progress=progress)
             resumed = sum(f is journal.finished.get(f.name) for f in finished)
+        write_activations(prepared, output)
         table = manifest_table(plan, finished, [*output.names(), output.manifest], origin)
         with target_errors(output.target):
             write_manifest(table, output.path(output.manifest))
@@ -200,11 +213,13 @@ def _carry_out(
 
 def fingerprint(plan: Plan, origin: Mapping[str, str], validate: bool) -> dict[str, str]:
     """What must be alike for one run to go on where another was interrupted."""
-    decisions = [(e.info.name, e.scheme and e.scheme.id, e.reason, e.info.dtype, e.info.shape) for e in plan.entries]
+    decisions = [
+        (e.info.name, e.scheme and e.scheme.id, e.reason, e.info.dtype, e.info.shape, *decided(e)) for e in plan.entries
+    ]
     return {
         **origin,
         "format": plan.format,
-        "tensors (include, ignore, widths)": xxhash.xxh3_64_hexdigest(json.dumps(decisions).encode()),
+        "tensors (include, ignore, widths, calibration)": xxhash.xxh3_64_hexdigest(json.dumps(decisions).encode()),
         "validate": str(validate),
     }
 
