@@ -105,3 +105,21 @@ class QualityError(ArrowQuantError):
             f"{name}: its cosine to the original is {cosine:.6f} with {scheme}, and the least accuracy asked for is "
             f"{min_accuracy:g}. Lower --min-accuracy, ask for more bits or smaller groups, or --ignore this tensor."
         )
+
+
+class ServiceError(ArrowQuantError, RuntimeError):
+    """A service that cannot be reached, cannot be started, or gives no answer; or a call that it refuses."""
+
+    exit_code = 11
+
+
+class AuthenticationError(ServiceError):
+    """A call without the token that the service asks for, or a certificate that one side does not accept."""
+
+
+class BusyError(ServiceError):
+    """A service that already has as many clients as it serves at a time, or is closing; nothing was done."""
+
+
+class NotFoundError(ServiceError, LookupError):
+    """A stored result or an action that the service does not have."""

@@ -30,6 +30,7 @@ LAYERS = (
     ("formats",),
     ("engine", "diffusion"),
     ("pipeline",),
+    ("flight",),
     ("cli",),
 )
 LAYER = {unit: n for n, layer in enumerate(LAYERS) for unit in layer}
