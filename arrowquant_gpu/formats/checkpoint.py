@@ -363,7 +363,8 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_quantized(path: Path, found: str | None) -> None:
     if found is not None:
-        way_out = f"; {DEQUANTIZE}" if "compressed-tensors" in found else ""
+        is_read = "compressed-tensors" in found or "parquet-tensors" in found
+        way_out = f"; {DEQUANTIZE}" if is_read else ""
         raise SourceError(f"{path}: already quantized: {found}; {ORIGINAL}{way_out}.")
 
 

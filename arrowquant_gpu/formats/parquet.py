@@ -80,8 +80,8 @@ class ParquetSink(RowSink):
         row_bytes, n_scales = scheme.packed_shape(info.shape)[1], scheme.scales_shape(info.shape)[1]
         if max(row_bytes, 4 * n_scales) > _MOST_BYTES - _HEAD:
             raise FormatError(
-                f"parquet: one row of {info.shape[-1]:,} weights is more than the 2 GiB that a value can have there; "
-                f"--format arrow carries it"
+                f"{self.format}: one row of {info.shape[-1]:,} weights is more than the 2 GiB that a value can have "
+                f"there; --format arrow carries it"
             )
         return scheme
 

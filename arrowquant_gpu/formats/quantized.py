@@ -17,23 +17,29 @@ from . import QuantizedCheckpoint
 from .arrow_ipc import ArrowCheckpoint
 from .compressed_tensors import CompressedTensorsCheckpoint
 from .parquet import ParquetCheckpoint
+from .parquet_tensors import INDEX, ParquetTensorsCheckpoint
 from .recognise import by_first_bytes
 
 # Weights of one piece: 4 MiB as float32, which fits a cache and keeps every core busy.
 PIECE_WEIGHTS = 1 << 20
 
-READ = "what can be read is a compressed-tensors directory, or a Parquet or Arrow file that arrowquant wrote"
+READ = (
+    "what can be read is a compressed-tensors directory, a directory with one Parquet file per tensor, or a Parquet or "
+    "Arrow file that arrowquant wrote"
+)
 
 
 def open_quantized(path: str | Path) -> QuantizedCheckpoint:
     """Open a quantized checkpoint of any format that this package writes; only headers are read.
 
-    A directory is compressed-tensors, and a file is what its first bytes say. The result refers to the files, which
-    must not change while it is in use.
+    A directory with the index of Parquet files is parquet-tensors, any other is compressed-tensors; a file is what its
+    first bytes say. The result refers to the files, which must not change while it is in use.
 
     Raises SourceError for anything else, saying what it is.
     """
     path = Path(path)
+    if (path / INDEX).exists():
+        return ParquetTensorsCheckpoint(path)
     if path.is_dir():
         return CompressedTensorsCheckpoint(path)
     try:

@@ -62,6 +62,7 @@ QUANTIZED_FILES: tuple[tuple[str, str], ...] = (
     ("quanto_qmap.json", "optimum-quanto"),
     ("qmodel.pt", "HQQ"),
     ("mlc-chat-config.json", "MLC"),
+    ("model.parquet.index.json", "parquet-tensors of this program"),
 )
 
 
