@@ -30,7 +30,7 @@ def file_names(names: Sequence[str], suffix: str) -> list[str]:
     """File names for tensor names, in their order; each depends on the set of names alone.
 
     >>> file_names(["model.layers.0.q_proj.weight", "down/0", "nul", "W", "w"], ".parquet")[:2]
-    ['model.layers.0.q_proj.weight.parquet', 'down_0~1ec52cd5fd3e5a87.parquet']
+    ['model.layers.0.q_proj.weight.parquet', 'down_0~77c224279178558c.parquet']
 
     Raises FormatError for two tensors whose file names are alike after all.
     """
