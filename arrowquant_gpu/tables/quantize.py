@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,8 +10,8 @@ import pyarrow as pa
 
 from .. import ops
 from ..backends import Backend, get_backend
-from ..errors import ArrowQuantError, InputError
-from ..schemes import Scheme
+from ..errors import ArrowQuantError, InputError, SchemeError
+from ..schemes import SCALE_SUFFIXES, Scheme
 from . import Layer, Problem
 from .results import Results, result_schema
 from .weights import Rows
@@ -24,7 +25,8 @@ Done = Callable[[str], None]
 class TableQuantizer:
     """Quantizes rows of weights; knows one input from its first batch to its last.
 
-    scheme: a scheme, its id, or a function that gives the scheme of each layer; then `scale_dtype` is that of all
+    scheme: a scheme, its id, or a function that gives the scheme of each layer; an InputError from it is the layer's
+    scale_dtype: of the schemes that such a function gives, which is one for all; float32 by default
     device, threads: as in `ops.quantize`
     continue_on_error: a layer that cannot be quantized is left out and listed in `problems`, instead of raised
 
@@ -42,19 +44,26 @@ class TableQuantizer:
         schema: pa.Schema,
         scheme: str | Choice = "int4_g128_asym",
         *,
-        scale_dtype: str = "float32",
+        scale_dtype: str | None = None,
         device: str = "auto",
         threads: int | None = None,
         continue_on_error: bool = False,
         done: Done | None = None,
     ) -> None:
         self._choice: Choice = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-        self._scale_dtype = self._choice.scale_dtype if isinstance(self._choice, Scheme) else scale_dtype
+        by_scheme = self._choice.scale_dtype if isinstance(self._choice, Scheme) else "float32"
+        self._scale_dtype = scale_dtype or by_scheme
+        if self._scale_dtype not in SCALE_SUFFIXES:
+            raise SchemeError(f"scale dtype {scale_dtype!r}: choose one of {', '.join(SCALE_SUFFIXES)}")
+        if isinstance(self._choice, Scheme):
+            self._check_scales(self._choice)
         self._rows = Rows(schema)
         self._is_cut = "chunk" in schema.names
         self._backend = get_backend(device, threads)
         self._continue, self._done = continue_on_error, done
         self.problems: list[Problem] = []
+        # Tensors that are cut into rows, one of which could not be quantized: the rows after it are not gone on with.
+        self._broken: set[str] = set()
 
     @property
     def schema(self) -> pa.Schema:
@@ -69,10 +78,21 @@ class TableQuantizer:
         return self._quantized(self._layers(batch), is_large=False)
 
     def table(self, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-        """All rows of an input as a table of one chunk, and with `finish` behind it; problems are in its metadata."""
+        """All rows of an input as a table of one chunk, and with `finish` behind it; problems are in its metadata.
+
+        A tensor that is cut into rows is in it as a whole, or not at all. Raises InputError where there are no rows.
+        """
         layers = [layer for batch in batches for layer in self._layers(batch)]
         self.finish()
-        return pa.Table.from_batches([self._quantized(layers, is_large=None)])
+        if not layers and not self.problems:
+            raise InputError("the table of weights has no rows")
+        rows = self._quantized(layers, is_large=None)
+        if self._is_cut and self.problems:
+            names, n_chunks = rows["layer_name"].to_pylist(), rows["n_chunks"].to_pylist()
+            n_found = Counter(names)
+            is_whole = [n_found[name] == n for name, n in zip(names, n_chunks, strict=True)]
+            rows = rows.filter(pa.array(is_whole, pa.bool_()))
+        return pa.Table.from_batches([rows])
 
     def finish(self) -> None:
         """There are no more batches. Raises InputError for a tensor of which rows are missing."""
@@ -91,15 +111,42 @@ class TableQuantizer:
             raise problem.error
         self.problems.append(problem)
 
+    def _check_scales(self, scheme: Scheme, called: str = "") -> None:
+        if scheme.scale_dtype != self._scale_dtype:
+            raise SchemeError(
+                f"{called}{scheme.id} has {scheme.scale_dtype} scales, and those of this table are "
+                f"{self._scale_dtype}; all its schemes must store alike scales (scale_dtype)"
+            )
+
+    def _chosen(self, layers: Iterable[Layer]) -> Iterator[tuple[Layer, Scheme]]:
+        """Each layer with its scheme, without those that have none."""
+        for layer in layers:
+            if isinstance(self._choice, Scheme):
+                yield layer, self._choice
+                continue
+            try:
+                scheme = self._choice(layer)
+            except InputError as e:
+                self._fail(layer, e)
+            else:
+                self._check_scales(scheme, f"{layer.name}: ")
+                yield layer, scheme
+
+    def _fail(self, layer: Layer, error: InputError) -> None:
+        if layer.n_chunks > 1:
+            self._broken.add(layer.name)
+        self._report(Problem(layer.name, error))
+
     def _quantized(self, layers: Iterable[Layer], is_large: bool | None) -> pa.RecordBatch:
-        layers = list(layers)
-        schemes = [self._choice if isinstance(self._choice, Scheme) else self._choice(layer) for layer in layers]
-        results = Results(layers, schemes, self._scale_dtype)
-        for i, (layer, scheme) in enumerate(zip(layers, schemes, strict=True)):
+        chosen = list(self._chosen(layers))
+        results = Results([layer for layer, _ in chosen], [scheme for _, scheme in chosen], self._scale_dtype)
+        for i, (layer, scheme) in enumerate(chosen):
+            if layer.name in self._broken:
+                continue
             try:
                 quantize_layer(layer, scheme, *results.room(i), backend=self._backend)
             except InputError as e:
-                self._report(Problem(layer.name, e))
+                self._fail(layer, e)
             else:
                 results.keep(i)
             if self._done is not None:
@@ -116,9 +163,8 @@ def quantize_layer(layer: Layer, scheme: Scheme, packed: Any, scales: Any, zeros
             f"{layer.name}: {scheme.id} has one scale for the tensor, which is cut into {layer.n_chunks} rows here; "
             f"use a scheme by group or channel, or give it in one row"
         )
-    ops.quantize_blocks(
-        [layer.weights], scheme, packed, scales, zeros, backend=backend, name=layer.name, shape=layer.weights.shape
-    )
+    shape = layer.shape if layer.n_chunks == 1 else layer.weights.shape
+    ops.quantize_blocks([layer.weights], scheme, packed, scales, zeros, backend=backend, name=layer.name, shape=shape)
 
 
 def quantize_table(
@@ -144,10 +190,8 @@ def quantize_table(
     Raises InputError, NonFiniteError, ScaleOverflowError, SchemeError, DeviceError.
     """
     reader = as_reader(table)
-    if isinstance(table, pa.Table | pa.RecordBatch) and table.num_rows == 0:
-        raise InputError("the table of weights has no rows")
     options: dict[str, Any] = {"device": device, "threads": threads, "continue_on_error": continue_on_error}
-    return TableQuantizer(reader.schema, scheme, done=done, **options).table(reader)
+    return TableQuantizer(reader.schema, scheme, done=done, **options).table(batches_of(reader))
 
 
 def quantize_stream(
@@ -177,11 +221,25 @@ def quantize_stream(
     quantizer = TableQuantizer(reader.schema, scheme, done=done, **options)
 
     def results() -> Iterator[pa.RecordBatch]:
-        for batch in reader:
-            yield quantizer.batch(batch)
+        yield from map(quantizer.batch, batches_of(reader))
         quantizer.finish()
 
     return pa.RecordBatchReader.from_batches(quantizer.schema, results()), quantizer.problems
+
+
+def batches_of(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    """The batches of a stream, none of which is kept. Raises InputError where the stream breaks off."""
+    n = 0
+    while True:
+        try:
+            yield reader.read_next_batch()
+        except StopIteration:
+            return
+        except ArrowQuantError:
+            raise
+        except (pa.ArrowException, OSError) as e:
+            raise InputError(f"the stream of weights broke off after {n} record batches: {e}") from e
+        n += 1
 
 
 def as_reader(x: Any) -> pa.RecordBatchReader:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from .. import arrow_columns, arrow_values
 from ..dtypes import DTYPES
+from ..errors import InputError
 from ..schemes import Scheme
 from . import ERRORS_KEY, Layer, Problem, problems_json
 
@@ -102,11 +103,19 @@ class Results:
     def batch(
         self, *, is_cut: bool = False, problems: Sequence[Problem] = (), is_large: bool | None = None
     ) -> pa.RecordBatch:
-        """The rows that were kept, over the memory they were written to; problems are listed in the metadata."""
+        """The rows that were kept, over the memory they were written to; problems are listed in the metadata.
+
+        Raises InputError where they have more scales than lists with offsets of 32 bits can hold, and `is_large` is no.
+        """
         ends = np.array(self._ends, np.int64)
         layers, schemes = [self._layers[i] for i in self._kept], [self._schemes[i] for i in self._kept]
         if is_large is None:
             is_large = int(ends[-1, 1]) > MAX_ITEMS
+        elif not is_large and ends[-1, 1] > MAX_ITEMS:
+            raise InputError(
+                f"a record batch of {len(self._kept)} rows has {ends[-1, 1]:,} scales, and a list column of a stream "
+                f"holds {MAX_ITEMS:,}; give smaller batches, larger groups, or a table"
+            )
         schema = result_schema(self._scale_dtype, is_cut=is_cut, is_large=is_large)
         if problems:
             schema = schema.with_metadata({**schema.metadata, ERRORS_KEY: problems_json(problems)})

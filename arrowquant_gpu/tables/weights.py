@@ -22,15 +22,17 @@ COLUMNS = ("layer_name", "weights", "shape", "chunk", "n_chunks")
 def check_schema(schema: pa.Schema) -> None:
     """Raise InputError, saying what is expected, unless a table with this schema can hold weights."""
     names = schema.names
-    for column in ("layer_name", "weights"):
-        if names.count(column) != 1:
+    for column in COLUMNS:
+        if (n := names.count(column)) != 1 and (n or column in COLUMNS[:2]):
             raise InputError(
-                f"column {column!r} is {'there twice' if column in names else 'missing'}: a table of weights has "
+                f"column {column!r} is {'there twice' if n else 'missing'}: a table of weights has "
                 f"layer_name (string) and weights (lists of numbers), and may have shape (list<int64>); "
                 f"this one has {', '.join(names) or 'no columns'}"
             )
     if not _is_text(schema.field("layer_name").type):
         raise InputError(f"column 'layer_name' is {schema.field('layer_name').type}; it must be string")
+    if "shape" in names and not _is_sizes(schema.field("shape").type):
+        raise InputError(f"column 'shape' is {schema.field('shape').type}; it must be a list of integers in each row")
     if not _is_listed(kind := schema.field("weights").type):
         raise InputError(f"column 'weights' is {kind}; it must hold a list of numbers in each row")
     if ("chunk" in names) != ("n_chunks" in names):
@@ -58,12 +60,13 @@ class Rows:
 
     def __init__(self, schema: pa.Schema) -> None:
         check_schema(schema)
-        self._is_cut = "chunk" in schema.names
+        self._schema, self._is_cut = schema, "chunk" in schema.names
         self._seen: set[str] = set()
         self._open: dict[str, _Open] = {}
 
     def layers(self, batch: pa.RecordBatch) -> Iterator[Layer | Problem]:
         """The rows in order. Raises InputError where the batch as a whole cannot be read."""
+        self._check_schema(batch.schema)
         try:
             batch.validate(full=True)
             names = batch.column("layer_name").to_pylist()
@@ -83,12 +86,25 @@ class Rows:
                 else:
                     yield self._whole(name, a, shapes[i])
             except InputError as e:
+                # A tensor one of whose rows is refused is not gone on with.
+                if name:
+                    self._open.pop(name, None)
+                    self._seen.add(name)
                 yield Problem(called, e)
 
     def finish(self) -> Iterator[Problem]:
         """What is missing now that there are no more rows."""
         for name, tensor in self._open.items():
             yield Problem(name, InputError(f"{name}: {tensor.next_chunk} of its {tensor.n_chunks} chunks are there"))
+
+    def _check_schema(self, schema: pa.Schema) -> None:
+        """Files of one dataset may differ in types, but not in whether their tensors are cut into rows."""
+        if schema is self._schema or schema == self._schema:
+            return
+        check_schema(schema)
+        if ("chunk" in schema.names) != self._is_cut:
+            here, before = ("with", "without") if "chunk" in schema.names else ("without", "with")
+            raise InputError(f"a record batch {here} columns chunk and n_chunks comes after one {before} them")
 
     def _whole(self, name: str, a: NDArray[Any], shape: Any) -> Layer:
         """A row that holds a whole tensor."""
@@ -109,7 +125,6 @@ class Rows:
         if name in self._seen and name not in self._open:
             raise InputError(f"{name}: chunk {chunk} comes after this tensor was complete, or refused")
         self._seen.add(name)
-        # Taken out: a tensor one of whose rows is refused is not gone on with.
         tensor = self._open.pop(name, None) or _Open(dims, dtype, n_chunks)
         if (chunk, n_chunks) != (tensor.next_chunk, tensor.n_chunks):
             expected = f"chunk {tensor.next_chunk} of {tensor.n_chunks}"
@@ -178,7 +193,7 @@ class _Field:
 def _shape(value: Any, name: str) -> tuple[int, ...]:
     """A cell of column `shape`: a list of numbers, or such a list in a list of one."""
     dims = value[0] if len(value) == 1 and isinstance(value[0], list) else value
-    if not all(isinstance(n, int) and n >= 0 for n in dims):
+    if not isinstance(dims, list) or not all(isinstance(n, int) and n >= 0 for n in dims):
         raise InputError(f"{name}: shape is {value}; it must be a list of sizes")
     return tuple(dims)
 
@@ -191,7 +206,19 @@ def _dtype(a: NDArray[Any], name: str) -> str:
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_sizes(kind: pa.DataType) -> bool:
+    """A list of integers, such a list in a list, or no value in any row."""
+    if pa.types.is_null(kind):
+        return True
+    depth = 0
+    while _is_listed(kind) and not isinstance(kind, pa.FixedShapeTensorType):
+        kind, depth = kind.value_type, depth + 1
+    return depth in (1, 2) and bool(pa.types.is_integer(kind) or pa.types.is_null(kind))
 
 
 def _is_listed(kind: pa.DataType) -> bool:
