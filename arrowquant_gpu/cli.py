@@ -19,10 +19,11 @@ from . import __version__
 from .cli_progress import compile_time, progress_bar
 from .cli_report import Report
 from .cli_size import parse_size
-from .errors import ArrowQuantError, SchemeError
+from .errors import ArrowQuantError, InputError, SchemeError
 from .schemes import Scheme
 
 if TYPE_CHECKING:
+    from .diffusion import DiffusionOptions
     from .pipeline.profiles import Profile
 
 INTERRUPTED, TERMINATED, BROKEN_PIPE, BUG = 130, 143, 141, 70
@@ -94,6 +95,21 @@ def quantize(
     fail_fast: Annotated[
         bool, typer.Option("--fail-fast", help="A tensor under the least accuracy is an error.")
     ] = False,
+    modality: Annotated[
+        str | None,
+        typer.Option(metavar="M", help="text, code, image or audio. [default: what the checkpoint says of itself]"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Activations of a diffusion model: JSON lines, Parquet or Arrow."),
+    ] = None,
+    timesteps: Annotated[
+        int | None, typer.Option(metavar="T", help="Time steps of the model. [default: those of --calibration]")
+    ] = None,
+    time_groups: Annotated[
+        int | None,
+        typer.Option(metavar="G", help="Groups of time steps with activation scales of their own. [default: 10]"),
+    ] = None,
     format: Annotated[  # noqa: A002 - the parameter is the option's name
         str | None,
         typer.Option(
@@ -147,7 +163,7 @@ def quantize(
     SRC may be a safetensors file, a sharded index, a Hugging Face model directory or, with the hub extra, a Hub id.
     Linear weights are quantized; embeddings, output heads, norms, biases and routers are kept, unless --include says
     otherwise. --dry-run shows what would happen to each tensor and why, from headers alone unless --profile,
-    --min-accuracy or --entropy has the weights measured.
+    --min-accuracy, --entropy or --calibration needs the weights.
     """
     with _run("quantize", json, quiet, verbose, debug) as report:
         from .backends import pick_devices
@@ -168,6 +184,7 @@ def quantize(
             "ignore": ignore or (),
             "overwrite": overwrite,
             "widths": Widths(**widths, fail_fast=fail_fast),
+            "diffusion": _diffusion(modality, calibration, timesteps, time_groups, of_profile),
             "threads": threads,
             "memory_limit": parse_size(memory_limit),
         }
@@ -303,6 +320,28 @@ def _common(
     ] = False,
 ) -> None:
     pass
+
+
+def _diffusion(
+    modality: str | None,
+    calibration: Path | None,
+    timesteps: int | None,
+    time_groups: int | None,
+    profile: Profile | None,
+) -> DiffusionOptions | None:
+    """What the options say of a diffusion model; None where they say nothing."""
+    from .diffusion import DiffusionOptions
+
+    if modality is None and calibration is None:
+        if timesteps is not None or time_groups is not None:
+            raise InputError("--timesteps and --time-groups say how activations are grouped: give --calibration too")
+        return None
+    options: dict[str, Any] = {"modality": modality, "calibration": calibration, "n_timesteps": timesteps}
+    if profile is not None:
+        options |= {"time_groups": profile.time_groups, "calibration_samples": profile.calibration_samples}
+    if time_groups is not None:
+        options["time_groups"] = time_groups
+    return DiffusionOptions(**options)
 
 
 def _scheme(
