@@ -28,15 +28,27 @@ if TYPE_CHECKING:
     from .pipeline.verify import verify_checkpoint as verify_checkpoint
     from .schemes import Scheme as Scheme
     from .tensor import QuantizedTensor as QuantizedTensor
+    from .v2.asynchronous import AsyncArrowQuantV2 as AsyncArrowQuantV2
+    from .v2.config import DiffusionQuantConfig as DiffusionQuantConfig
+    from .v2.loaders import SafeTensorsLoader as SafeTensorsLoader
+    from .v2.loaders import ShardedSafeTensorsLoader as ShardedSafeTensorsLoader
+    from .v2.quantizer import ArrowQuantV2 as ArrowQuantV2
+    from .v2.weights_table import numpy_to_arrow_table as numpy_to_arrow_table
 
 __version__ = "0.1.0"
 
 # The module of each public name. The imports above say the same to type checkers.
 _HOME = {
+    "ArrowQuantV2": "v2.quantizer",
+    "AsyncArrowQuantV2": "v2.asynchronous",
+    "DiffusionQuantConfig": "v2.config",
     "QuantizedTensor": "tensor",
+    "SafeTensorsLoader": "v2.loaders",
     "Scheme": "schemes",
+    "ShardedSafeTensorsLoader": "v2.loaders",
     "dequantize": "ops",
     "dequantize_checkpoint": "pipeline.dequantize",
+    "numpy_to_arrow_table": "v2.weights_table",
     "pinned_table": "pinned",
     "quantize": "ops",
     "quantize_checkpoint": "pipeline",

@@ -31,6 +31,7 @@ LAYERS = (
     ("engine", "diffusion"),
     ("pipeline",),
     ("flight",),
+    ("v2",),
     ("cli",),
 )
 LAYER = {unit: n for n, layer in enumerate(LAYERS) for unit in layer}
