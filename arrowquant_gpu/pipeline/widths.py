@@ -21,6 +21,7 @@ from .. import ops, reference, trace
 from ..backends import Backend, get_backend
 from ..dtypes import DTYPES
 from ..engine import Progress
+from ..engine.converted import convert, divisors_of, recover
 from ..engine.figures import Figures
 from ..engine.interrupts import no_interrupt
 from ..engine.ring import RESERVE, anonymous_bytes
@@ -267,8 +268,7 @@ class _Work:
                     continue
                 decoded = np.empty(shape, np.float32)
                 ops.dequantize_rows(packed, scales, zeros, scheme, decoded, backend=backend)
-                if block.divisors is not None:
-                    decoded *= block.divisors
+                recover(decoded, block.divisors)
                 figures.add(block.original, decoded)
             ops.check(found, scheme, name=info.name, shape=info.shape)
         return figures.cosine
@@ -333,13 +333,14 @@ class _Block(NamedTuple):
 
 def block_of(source: Checkpoint, piece: Piece) -> _Block:
     """The weights of a piece, by its row and column alone; views of the source unless they are divided."""
-    info, diffusion = piece.entry.info, piece.entry.diffusion
+    info, divisors = piece.entry.info, divisors_of(piece)
     rows, columns = slice(piece.row, piece.row + piece.rows), slice(piece.column, piece.column + piece.columns)
     original = source.view(info.name).reshape(rows_and_length(info.shape))[rows, columns]
-    if diffusion is None or diffusion.divisors is None:
-        return _Block(piece.row, piece.column, original, original, None)
-    divisors = diffusion.divisors[columns]
-    return _Block(piece.row, piece.column, original, reference.to_float32(original) / divisors, divisors)
+    weights = original
+    if divisors is not None:
+        weights = np.empty(original.shape, np.float32)
+        convert(original, divisors, weights)
+    return _Block(piece.row, piece.column, original, weights, divisors)
 
 
 def _backends(devices: Sequence[str], threads: int | None, memory_limit: int | None) -> queue.SimpleQueue[Backend]:
