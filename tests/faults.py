@@ -47,7 +47,7 @@ from .simulated_gpus import simulate
 from .simulated_streams import SimulatedStreams
 from .snapshots import snapshot
 
-FORMATS = ("compressed-tensors", "parquet", "arrow", "plain")
+FORMATS = ("compressed-tensors", "parquet", "arrow", "plain", "parquet-tensors")
 
 
 class CancelledError(Exception):
@@ -255,8 +255,8 @@ class Model:
     def _open_sink(self, faults: Faults) -> Callable[..., Any]:
         real = quantize.open_sink
 
-        def open_sink(name: str, output: Output, source: Any) -> Any:
-            sink = PlainSink(output) if self.format == "plain" else real(name, output, source)
+        def open_sink(name: str, output: Output, source: Any, **options: Any) -> Any:
+            sink = PlainSink(output) if self.format == "plain" else real(name, output, source, **options)
             stored = sink.stored
 
             def hooked(piece: Any, codes: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 # What a run imports when it needs it is here for the server.
 import arrowquant_gpu.backends.numpy_reference
 import arrowquant_gpu.formats.arrow_ipc
-import arrowquant_gpu.formats.parquet  # noqa: F401
+import arrowquant_gpu.formats.parquet_tensors  # noqa: F401
 from arrowquant_gpu.engine.journal import Finished, Journal
 from arrowquant_gpu.formats import pieces
 from arrowquant_gpu.formats.output import Output

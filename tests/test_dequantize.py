@@ -31,7 +31,7 @@ from .fixtures import tiny_llama, write_safetensors
 from .row_files import Model, small_model, write
 
 ROOT = Path(__file__).parent.parent
-FORMATS = ("compressed-tensors", "parquet", "arrow")
+FORMATS = ("compressed-tensors", "parquet", "parquet-tensors", "arrow")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from .simulated_streams import SimulatedStreams
 from .snapshots import differences, snapshot
 
 PATIENCE = 30.0  # seconds
-FORMATS = ("compressed-tensors", "parquet", "arrow")
+FORMATS = ("compressed-tensors", "parquet", "parquet-tensors", "arrow")
 
 
 class Watched(SimulatedStreams):

@@ -19,17 +19,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arrowquant_gpu import quantize_checkpoint, verify_checkpoint
 from arrowquant_gpu.errors import FormatError, SourceError, TargetError
 from arrowquant_gpu.formats import file_names as naming
 from arrowquant_gpu.formats import pieces as cutting
+from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.file_names import file_names
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.parquet import ParquetSink
 from arrowquant_gpu.formats.parquet_tensors import INDEX, ParquetTensorsCheckpoint, ParquetTensorsSink
 from arrowquant_gpu.formats.quantized import open_quantized
 
+from . import resumed_runs
+from .bitwise import assert_bitwise_equal
+from .fixtures import tiny_llama
 from .row_files import CONFIG, PROVENANCE, SOURCE, Model, assert_holds, fill, in_order, read_all, small_model
 from .row_files import write as write_file
+from .snapshots import differences, nothing_changes, snapshot
 from .test_v2_extended import diffusion_model
 
 # Names that some file system, shell or program would not take as they are, and pairs that would meet.
@@ -368,3 +374,104 @@ def test_a_file_that_changes_after_opening_is_noticed(folder: Path) -> None:
     exchange(folder)
     with pytest.raises(SourceError, match=r"does not hold 'a\.weight' any more"):
         next(checkpoint.blocks("a.weight"))
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "model", "bfloat16", shards=2)
+
+
+@pytest.mark.parametrize("format_name", ["parquet", "parquet-tensors", "arrow"])
+def test_a_compressed_model_is_the_same_model(llama: Path, tmp_path: Path, format_name: str) -> None:
+    """The same manifest, rows and weights."""
+    results = [
+        quantize_checkpoint(llama, tmp_path / str(c), "int4_g32", format=format_name, compression=c, device="reference")
+        for c in (None, "zstd")
+    ]
+    assert results[0].table.equals(results[1].table)
+    plain, packed = (open_quantized(tmp_path / str(c)) for c in (None, "zstd"))
+    assert list(plain.entries) == list(packed.entries)
+    for name in plain.entries:
+        for (_, a), (_, b) in zip(plain.blocks(name), packed.blocks(name), strict=True):
+            for x, y in ((a, b),) if isinstance(a, np.ndarray) else ((a.packed, b.packed), (a.scales, b.scales)):
+                assert_bitwise_equal(x, y, name)
+    verify_checkpoint(tmp_path / "zstd", llama, device="reference").check()
+    if format_name != "arrow":
+        file = (
+            next((tmp_path / "zstd" / "tensors").iterdir()) if format_name == "parquet-tensors" else tmp_path / "zstd"
+        )
+        group = pq.read_metadata(file).row_group(0)
+        assert {group.column(i).compression for i in range(group.num_columns)} == {"ZSTD"}
+
+
+@pytest.mark.parametrize(
+    ("format_name", "compression", "words"),
+    [
+        (
+            "compressed-tensors",
+            "zstd",
+            "compressed-tensors cannot be .* 'zstd'; --format parquet, parquet-tensors, arrow",
+        ),
+        ("parquet", "gzip", "parquet cannot be written with compression 'gzip'; choose zstd"),
+        ("parquet-tensor", None, "format 'parquet-tensor': choose one of compressed-tensors, parquet, parquet-tensors"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    llama: Path, tmp_path: Path, format_name: str, compression: str | None, words: str
+) -> None:
+    with nothing_changes(tmp_path), pytest.raises(FormatError, match=words):
+        quantize_checkpoint(llama, tmp_path / "m", format=format_name, compression=compression, device="reference")
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@pytest.mark.parametrize("format_name", ["parquet", "parquet-tensors"])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_a_run_that_ends_while_it_compresses_is_continued(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format_name: str,
+    compression: str | None,
+    n: int,
+) -> None:
+    """Before a file is compressed, with half of it written, or after some; with and without compression."""
+    for name in ("whole", "m"):
+        (tmp_path / name).mkdir()
+    resumed_runs.run(llama, tmp_path / "whole" / "m", format=format_name, compression=compression)
+    rewrite, left = ParquetSink._rewrite, n
+
+    def interrupted(self: Any, path: Path, target: Path, schema: pa.Schema) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            target.write_bytes(b"PAR1")
+            raise KeyboardInterrupt
+        rewrite(self, path, target, schema)
+        if format_name == "parquet":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ParquetSink, "_rewrite", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resumed_runs.run(llama, tmp_path / "m" / "m", format=format_name, compression="zstd")
+    monkeypatch.undo()
+    result = resumed_runs.run(llama, tmp_path / "m" / "m", format=format_name, compression=compression, resume=True)
+    assert result.run.resumed > 0
+    assert differences(snapshot(tmp_path / "m"), snapshot(tmp_path / "whole")) == []
+
+
+def test_a_directory_is_replaced_and_refused_as_a_source(llama: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    for scheme in ("int4_g32", "int8_g32"):
+        quantize_checkpoint(llama, target, scheme, format="parquet-tensors", device="reference", overwrite=True)
+    assert {e.scheme.bits for e in open_quantized(target).entries.values() if e.scheme} == {8}
+    with pytest.raises(SourceError, match=r"already quantized: model\.parquet\.index\.json .* `arrowquant dequantize`"):
+        open_checkpoint(target)
+
+
+def test_plan_knows_that_side_files_have_a_place(llama: Path, tmp_path: Path) -> None:
+    for format_name, is_said in (("parquet", True), ("parquet-tensors", False)):
+        plan = quantize_checkpoint(llama, tmp_path / "m", format=format_name, dry_run=True)
+        assert any("files of the model directory are not in it" in w for w in plan.warnings) == is_said

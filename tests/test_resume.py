@@ -26,7 +26,7 @@ from .resumed_runs import PIECE_BYTES, killed, leftover, n_noted, run, run_until
 from .snapshots import differences, nothing_changes, snapshot
 
 ROOT = Path(__file__).parent.parent
-FORMATS = ("compressed-tensors", "parquet", "arrow")
+FORMATS = ("compressed-tensors", "parquet", "parquet-tensors", "arrow")
 N_TENSORS = 21
 
 
@@ -218,7 +218,7 @@ def test_kill_9_at_random_moments(
         seconds[name] = time.perf_counter() - start
     rng, n_kills, resumed, n_chains = random.Random(n), 0, [], 0
     while n_kills < n:
-        name, folder = FORMATS[n_chains % 3], tmp_path / str(n_chains)
+        name, folder = FORMATS[n_chains % len(FORMATS)], tmp_path / str(n_chains)
         folder.mkdir()
         kills, n_resumed = kill_and_resume(source, folder / "out", rng, seconds[name], format=name)
         now = {k: v for k, v in snapshot(folder).items() if not k.startswith(".out")}

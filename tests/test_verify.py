@@ -27,7 +27,7 @@ from .cases import SCHEMES, cases, make
 from .fixtures import tiny_llama, write_safetensors
 from .row_files import Model, write
 
-FORMATS = ("compressed-tensors", "parquet", "arrow")
+FORMATS = ("compressed-tensors", "parquet", "parquet-tensors", "arrow")
 Q = "model.layers.1.mlp.up_proj.weight"
 
 

@@ -103,11 +103,11 @@ class RowSink(abc.ABC):
         # Said now: `create` would find it out after laying out, which takes seconds for a large model.
         needed, free = sum(map(self.n_bytes, entries)), shutil.disk_usage(target.parent).free
         for file in map(self.output.path, self._names):
-            # A run that was killed while it compressed.
-            _compressed(file).unlink(missing_ok=True)
-            # A run that is resumed has its space already.
+            # A run that is resumed has its space already; and perhaps it was killed while it compressed.
             if file.exists():
                 free += 512 * file.stat().st_blocks
+            if _compressed(file).exists():
+                _compressed(file).unlink()
         if needed > free:
             raise TargetError(f"{target}: {needed:,} bytes are needed and {free:,} are free in {target.parent}")
         metadata = {PROVENANCE_KEY: json.dumps(provenance), METADATA_KEY: json.dumps(source.metadata)}

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from ..errors import FormatError, PolicyError
 from ..formats import Checkpoint, Entry, Sink, TensorInfo
+from ..formats.targets import TARGETS
 from ..schemes import Scheme
 from .policy import RAISED, RAISED_BITS, Policy
 
@@ -220,7 +221,7 @@ def _left_out(source: Checkpoint) -> list[str]:
 def _without_side_files(source: Checkpoint, sink: Sink) -> list[str]:
     """A warning where a model directory becomes one file, which has no place for the tokenizer."""
     files = [file.name for file in source.side_files if file.name != "config.json"]
-    if not files or sink.format == "compressed-tensors":
+    if not files or sink.format not in TARGETS or TARGETS[sink.format].is_directory:
         return []
     listed = ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
     return [f"{sink.format} is one file: {len(files)} files of the model directory are not in it ({listed})."]

@@ -19,18 +19,17 @@ from ..engine import Device, Progress
 from ..engine import run as engine
 from ..engine.journal import Journal
 from ..engine.ring import open_devices
-from ..errors import FormatError, InputError
+from ..errors import InputError
 from ..formats import Checkpoint, Sink
 from ..formats.checkpoint import open_checkpoint
 from ..formats.compressed_tensors_sink import CompressedTensorsSink
 from ..formats.output import Output, target_errors
+from ..formats.targets import target as target_of
 from ..schemes import Scheme
 from .diffusion import decided, explained, modality_of, write_activations
 from .manifest import Manifest, Run, manifest_table, write_manifest
 from .plan import Plan, make_plan
 from .widths import Widths, revise
-
-FORMATS = ("compressed-tensors", "parquet", "arrow")
 
 
 @overload
@@ -41,6 +40,7 @@ def quantize_checkpoint(
     *,
     dry_run: Literal[True],
     format: str | None = ...,
+    compression: str | None = ...,
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
@@ -65,6 +65,7 @@ def quantize_checkpoint(
     *,
     dry_run: Literal[False] = ...,
     format: str | None = ...,
+    compression: str | None = ...,
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
@@ -87,6 +88,7 @@ def quantize_checkpoint(
     scheme: str | Scheme = "int4_g128",
     *,
     format: str | None = None,  # noqa: A002 - the word users know
+    compression: str | None = None,
     device: str | Sequence[str] = "auto",
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
@@ -105,9 +107,11 @@ def quantize_checkpoint(
     """Quantize the safetensors checkpoint `src` into `dst`, which appears when it is complete.
 
     src: a file, an index file, or a model directory
-    dst: a directory for format "compressed-tensors", a file for "parquet" and "arrow"
+    dst: a directory for the formats "compressed-tensors" and "parquet-tensors", a file for "parquet" and "arrow"
     scheme: a scheme id; the format may store its scales in another type, see `Plan`
     format: by default "compressed-tensors" for a directory with config.json, else "parquet"
+    compression: "zstd" makes kept float tensors smaller, and codes hardly, in every format but "compressed-tensors";
+        the files are then written a second time at the end of the run, and sizes in the plan are those without it
     device: as in `quantize`, or several of them ("cuda:0,cuda:1", a list, or "all" GPUs), which share the work;
         every choice gives the same bytes
     threads: of the CPU
@@ -146,11 +150,11 @@ def quantize_checkpoint(
     source = open_checkpoint(src)
     format_name = format or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
     files = {info.file for info in source.tensors.values()}
-    is_directory = format_name == "compressed-tensors"
+    is_directory = target_of(format_name, compression).is_directory
     output = Output(
         dst, is_directory=is_directory, sources=[source.path, *sorted(files)], overwrite=overwrite, resume=resume
     )
-    sink = open_sink(format_name, output, source)
+    sink = open_sink(format_name, output, source, compression=compression)
     with contextlib.nullcontext() if timeline is None or dry_run else trace.timeline(timeline):
         with trace.span("plan", source.path.name):
             plan = make_plan(source, sink, scheme, include, ignore, widths.sensitive)
@@ -224,22 +228,25 @@ def fingerprint(plan: Plan, origin: Mapping[str, str], validate: bool) -> dict[s
     }
 
 
-def open_sink(format_name: str, output: Output, source: Checkpoint) -> Sink:
+def open_sink(format_name: str, output: Output, source: Checkpoint, *, compression: str | None = None) -> Sink:
     """The sink of a format, writing into `output`. Nothing is written yet.
 
-    Raises FormatError for a format that does not exist.
+    Raises FormatError for a format that does not exist, or cannot be compressed so.
     """
+    target_of(format_name, compression)
     if format_name == "compressed-tensors":
         return CompressedTensorsSink(output, source.config)
     if format_name == "parquet":
         from ..formats.parquet import ParquetSink
 
-        return ParquetSink(output)
-    if format_name == "arrow":
-        from ..formats.arrow_ipc import ArrowSink
+        return ParquetSink(output, compression=compression)
+    if format_name == "parquet-tensors":
+        from ..formats.parquet_tensors import ParquetTensorsSink
 
-        return ArrowSink(output)
-    raise FormatError(f"format {format_name!r}: choose one of {', '.join(FORMATS)}")
+        return ParquetTensorsSink(output, compression=compression)
+    from ..formats.arrow_ipc import ArrowSink
+
+    return ArrowSink(output, compression=compression)
 
 
 def provenance(source: Checkpoint, plan: Plan) -> dict[str, str]:
