@@ -146,10 +146,10 @@ def _key(row: Mapping[str, Any], n_timesteps: int | None) -> tuple[str, int]:
 def _add(activations: Activations, step: int, row: Mapping[str, Any], room: int) -> int:
     """Take in a row, of its samples the first `room`. Returns how many of them were used."""
     low, high, samples = (row.get(column) for column in ("min", "max", "samples"))
-    if samples is None and (low is None or high is None):
-        raise InputError("it has neither min and max nor samples")
     if (low is None) != (high is None):
         raise InputError("it has one of min and max without the other")
+    if low is None and samples is None:
+        raise InputError("it has neither min and max nor samples")
     found, n_used = [], 0
     if low is not None:
         bounds = _finite(np.array([low, high]), "min and max")
@@ -158,7 +158,7 @@ def _add(activations: Activations, step: int, row: Mapping[str, Any], room: int)
         found.append(Extremes(float(bounds[0]), float(bounds[1]), 1))
     if samples is not None:
         values = _finite(_array(samples, "samples"), "samples")
-        if values.size == 0 or values.ndim > 2:
+        if values.size == 0 or values.ndim not in (1, 2):
             raise InputError(f"samples of shape {list(values.shape)}: a list of numbers, or of lists of numbers")
         values = values[:room]
         n_used = len(values)
