@@ -114,9 +114,13 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="compressed-tensors, parquet or arrow. [default: compressed-tensors for a model directory, "
-            "parquet for a lone file]",
+            help="compressed-tensors, parquet, parquet-tensors (a directory with a file per tensor) or arrow. "
+            "[default: compressed-tensors for a model directory, parquet for a lone file]",
         ),
+    ] = None,
+    compression: Annotated[
+        str | None,
+        typer.Option(metavar="C", help="zstd, for every format but compressed-tensors. [default: none]"),
     ] = None,
     device: Annotated[
         str,
@@ -180,6 +184,7 @@ def quantize(
         source = resolve(src)
         options: dict[str, Any] = {
             "format": format,
+            "compression": compression,
             "include": include or (),
             "ignore": ignore or (),
             "overwrite": overwrite,

@@ -82,6 +82,21 @@ def test_a_model_goes_round(model: Path, tmp_path: Path) -> None:
     assert document("inspect", decoded)["n_tensors"] == seen["n_tensors"]
 
 
+def test_a_directory_of_parquet_files_goes_round(model: Path, tmp_path: Path) -> None:
+    quantized = tmp_path / "quantized"
+    options = ("--format", "parquet-tensors", "--compression", "zstd", "--device", "cpu")
+    made = document("quantize", model, quantized, "--scheme", "int8_g32", *options)
+    seen = document("inspect", quantized)
+    assert (seen["format"], seen["n_quantized"]) == ("parquet-tensors", made["summary"]["n_quantized"])
+    assert len(list((quantized / "tensors").iterdir())) == seen["n_tensors"]
+    assert document("verify", quantized, "--against", model, "--device", "cpu")["summary"]["n_failed"] == 0
+    back = document("dequantize", quantized, tmp_path / "decoded", "--device", "cpu")
+    assert back["summary"]["n_decoded"] == made["summary"]["n_quantized"]
+    refused = run("quantize", model, tmp_path / "other", "--compression", "zstd", "--device", "cpu")
+    assert refused.exit_code == 7
+    assert "compressed-tensors cannot be written with compression 'zstd'" in refused.stderr
+
+
 def test_text_names_what_was_done(model: Path, weights: Path, tmp_path: Path) -> None:
     text = succeed("quantize", weights, tmp_path / "q.parquet", "--device", "cpu", "--validate")
     assert "(parquet)" in text
