@@ -96,9 +96,11 @@ def _numbers(values: NDArray[np.float32]) -> list[float]:
 
 
 def _array(values: Any) -> NDArray[np.float32]:
-    array = np.array(values, np.float64)
+    array = np.array(values)
+    if not isinstance(values, list) or array.ndim != 1 or array.dtype.kind not in "fiu":
+        raise ValueError("not a list of numbers")
     with np.errstate(over="ignore"):
-        array32 = array.astype(np.float32)
-    if not isinstance(values, list) or array.ndim != 1 or not np.isfinite(array32).all():
+        numbers: NDArray[np.float32] = array.astype(np.float32)
+    if not np.isfinite(numbers).all():
         raise ValueError("not a list of float32 numbers")
-    return array32
+    return numbers
