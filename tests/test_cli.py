@@ -152,7 +152,7 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
         raise ArrowQuantError("enough")
 
     monkeypatch.setattr(pipeline, "quantize_checkpoint", spy)
-    given = "--format arrow --device cpu,reference --threads 2 --include a --include b --ignore c --validate"
+    given = "--format arrow --compression zstd --device cpu,reference --threads 2 --include a --include b --ignore c --validate"
     more = "--overwrite --resume --memory-limit 1.5GiB --read direct --timeline t.json"
     more += " --min-accuracy 0.5 --entropy --sensitive raise --fail-fast"
     assert run("quantize", weights, tmp_path / "q", *given.split(), *more.split()).exit_code == 1
@@ -160,7 +160,8 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
     choices = {"format": "arrow", "device": ["cpu", "reference"], "threads": 2, "include": ["a", "b"], "ignore": ["c"]}
     widths = Widths(0.5, entropy=True, sensitive="raise", fail_fast=True)
     flags = {"validate": True, "overwrite": True, "resume": True, "progress": None, "widths": widths}
-    assert seen == paths | choices | flags | {"memory_limit": 3 << 29, "read": "direct"}
+    others = {"memory_limit": 3 << 29, "read": "direct", "compression": "zstd", "diffusion": None}
+    assert seen == paths | choices | flags | others
 
 
 def test_two_devices_share_one_run(model: Path, tmp_path: Path) -> None:
