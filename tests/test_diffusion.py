@@ -323,7 +323,7 @@ def test_verify_is_of_the_recovered_weights(tmp_path: Path, monkeypatch: pytest.
 def test_compressed_tensors_cannot_carry_divisors(tmp_path: Path) -> None:
     calibration = write_calibration(tmp_path / "c.jsonl", channel_rows(LAYERS))
     source, out = flux(tmp_path / "flux"), tmp_path / "out"
-    with pytest.raises(FormatError, match=r"(?s)divisors.*c\.jsonl.*--format parquet or arrow"):
+    with pytest.raises(FormatError, match=r"(?s)divisors.*c\.jsonl.*--format parquet, parquet-tensors or arrow"):
         quantize_checkpoint(source, out, "int4_g16", device="cpu", diffusion=DiffusionOptions(calibration=calibration))
     assert not out.exists()
     # Without calibration there are none, and the run says so.
