@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import signal
-import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import __version__
 from .cli_progress import compile_time, progress_bar
-from .cli_report import Report
+from .cli_run import TERMINATED, Debug, Device, Json, Overwrite, Quiet, Threads, Verbose, run
 from .cli_size import parse_size
-from .errors import ArrowQuantError, InputError, SchemeError
+from .cli_tables import quantize_table
+from .errors import InputError, SchemeError
 from .schemes import Scheme
 
 if TYPE_CHECKING:
     from .diffusion import DiffusionOptions
     from .pipeline.profiles import Profile
-
-INTERRUPTED, TERMINATED, BROKEN_PIPE, BUG = 130, 143, 141, 70
 
 app = typer.Typer(
     name="arrowquant",
@@ -41,20 +34,6 @@ app = typer.Typer(
 Source = Annotated[
     str, typer.Argument(metavar="SRC", help="A safetensors file, its index, a model directory, or org/name[@revision].")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more on stderr; -vv for everything.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="On an error, print the traceback too.")]
-Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="auto (a usable GPU, else the CPU), cpu, cuda or cuda:N. Same bytes.")
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="CPU threads. [default: ARROWQUANT_NUM_THREADS, else all cores]"),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left at DST.")]
 
 
 @app.command(epilog="Example: arrowquant quantize model/ model-int4/ --scheme int4_g128 --ignore 'layers\\.0\\.'")
@@ -169,7 +148,7 @@ def quantize(
     otherwise. --dry-run shows what would happen to each tensor and why, from headers alone unless --profile,
     --min-accuracy, --entropy or --calibration needs the weights.
     """
-    with _run("quantize", json, quiet, verbose, debug) as report:
+    with run("quantize", json, quiet, verbose, debug) as report:
         from .backends import pick_devices
         from .formats.hub import resolve
         from .pipeline import quantize_checkpoint
@@ -215,7 +194,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """List the tensors of a checkpoint, float or quantized, from its headers."""
-    with _run("inspect", json, quiet, verbose, debug) as report:
+    with run("inspect", json, quiet, verbose, debug) as report:
         from .cli_inspect import describe, open_any
         from .formats.hub import resolve
 
@@ -240,7 +219,7 @@ def dequantize(
     debug: Debug = False,
 ) -> None:
     """Decode a quantized checkpoint back to float safetensors. What was kept is copied bit for bit."""
-    with _run("dequantize", json, quiet, verbose, debug) as report:
+    with run("dequantize", json, quiet, verbose, debug) as report:
         from .backends import pick_device
         from .formats.hub import resolve
         from .pipeline.dequantize import dequantize_checkpoint
@@ -282,7 +261,7 @@ def verify(
 
     Fails with exit code 8 where a tensor is under the threshold, a kept tensor is not the original, or one is missing.
     """
-    with _run("verify", json, quiet, verbose, debug) as report:
+    with run("verify", json, quiet, verbose, debug) as report:
         from .backends import pick_device
         from .formats.hub import resolve
         from .pipeline.verify import verify_checkpoint
@@ -305,11 +284,16 @@ def verify(
 @app.command(epilog="Example: arrowquant info --json")
 def info(json: Json = False, debug: Debug = False) -> None:
     """Show versions, devices, and which backend auto would take and why."""
-    with _run("info", json, False, 0, debug) as report:
+    with run("info", json, False, 0, debug) as report:
         from .backends import pick_device
         from .cli_info import devices, kernel_compiler, versions
 
         report.info(versions(), devices(), kernel_compiler(), pick_device())
+
+
+app.command(epilog="Example: arrowquant quantize-table weights.parquet int4.arrow --scheme int4_g128_asym")(
+    quantize_table
+)
 
 
 def _version(value: bool) -> None:
@@ -369,58 +353,6 @@ def _scheme(
     if group_size is not None and not group_size.isdecimal():
         raise SchemeError(f"--group-size {group_size!r}: give a number, channel or tensor")
     return Scheme(4 if bits is None else bits, "group", int(group_size or 128), not asymmetric)
-
-
-@contextlib.contextmanager
-def _run(command: str, json: bool, quiet: bool, verbose: int, debug: bool) -> Iterator[Report]:
-    """The body of a command: its report is printed at the end, its errors are one paragraph and an exit code."""
-    with _logging(verbose):
-        try:
-            report = Report(command, json=json, quiet=quiet)
-            yield report
-            report.flush()
-        except ArrowQuantError as e:
-            # What was found out before the error (verify: the figures) is still worth printing.
-            report.flush()
-            _fail(" ".join([str(e), *_notes(e)]), e.exit_code, debug)
-        except KeyboardInterrupt as e:
-            _fail(" ".join(["interrupted;", *_notes(e, "nothing was left behind")]), INTERRUPTED, debug)
-        except SystemExit as e:
-            print(" ".join(["arrowquant: terminated;", *_notes(e, "nothing was left behind")]), file=sys.stderr)
-            raise
-        except BrokenPipeError:
-            # The reader of stdout (head, less) has gone. Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(BROKEN_PIPE) from None
-        except Exception as e:
-            _fail(f"a bug in arrowquant, please report it with the output of --debug: {e!r}", BUG, debug)
-
-
-def _notes(error: BaseException, otherwise: str = "") -> list[str]:
-    """What was added to an error on its way: how much is finished, and how to go on."""
-    return getattr(error, "__notes__", None) or ([otherwise] if otherwise else [])
-
-
-def _fail(message: str, exit_code: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    print(f"arrowquant: {message}", file=sys.stderr)
-    raise typer.Exit(exit_code)
-
-
-@contextlib.contextmanager
-def _logging(verbose: int) -> Iterator[None]:
-    """The package's log on stderr while a command runs: warnings, with -v information, with -vv everything."""
-    log, handler = logging.getLogger(__package__), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> Any:

@@ -6,30 +6,46 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from .backends import Device
 
 
 @contextlib.contextmanager
-def progress_bar(verb: str, *, shown: bool = True) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A callback (bytes done, bytes in all, tensor name) that draws a bar on stderr, or None where nobody looks."""
+def progress_bar(
+    verb: str, *, shown: bool = True, of: str = "bytes"
+) -> Iterator[Callable[[int, int | None, str], None] | None]:
+    """A callback (bytes done, bytes in all, tensor name) that draws a bar on stderr, or None where nobody looks.
+
+    `of`: "bytes", or "rows" where these are what is counted; how many there are in all may be unknown, None.
+    """
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
         yield None
         return
+    counted: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
+    if of == "rows":
+        counted = [MofNCompleteColumn(), TextColumn("rows")]
     columns = (
         TextColumn(verb),
         BarColumn(bar_width=30),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *counted,
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
-        def update(done: int, total: int, name: str) -> None:
+        def update(done: int, total: int | None, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
         yield update

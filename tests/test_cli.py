@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import arrowquant_gpu
-from arrowquant_gpu import backends, cli, cli_report, pipeline
+from arrowquant_gpu import backends, cli, cli_report, cli_run, pipeline
 from arrowquant_gpu.errors import ArrowQuantError
 from arrowquant_gpu.formats import hub
 from arrowquant_gpu.pipeline.widths import Widths
@@ -296,7 +296,7 @@ def test_a_bug_is_no_traceback_unless_asked_for(weights: Path, tmp_path: Path, m
     monkeypatch.setattr(pipeline, "quantize_checkpoint", broken)
     arguments = ("quantize", weights, tmp_path / "q", "--device", "cpu")
     result = run(*arguments)
-    assert result.exit_code == cli.BUG
+    assert result.exit_code == cli_run.BUG
     assert "planted" in result.stderr
     assert "Traceback" not in result.stderr
     assert "Traceback" in run(*arguments, "--debug").stderr
@@ -358,7 +358,7 @@ def test_progress_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
     assert b"/s" in drawn
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, cli_run.INTERRUPTED), (signal.SIGTERM, cli_run.TERMINATED)])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     source = sparse_llama(tmp_path / "source", 0.5)
     target = tmp_path / "target"
@@ -380,7 +380,7 @@ def test_a_reader_that_goes_away_is_no_error(model: Path, tmp_path: Path) -> Non
     os.close(read)
     done = subprocess.run(arguments, env=ENVIRONMENT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
-    assert done.returncode == cli.BROKEN_PIPE
+    assert done.returncode == cli_run.BROKEN_PIPE
     assert done.stderr == ""
 
 

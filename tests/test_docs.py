@@ -120,12 +120,12 @@ def test_every_option_and_command_is_documented() -> None:
 
 def test_every_exit_code_is_documented() -> None:
     """The table of docs/cli.md and the classes of errors.py name the same codes."""
-    from arrowquant_gpu import cli
+    from arrowquant_gpu import cli_run
 
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
     documented = {int(code): text for code, text in rows}
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.ArrowQuantError)]
-    own = {0, cli.BUG, cli.INTERRUPTED, cli.BROKEN_PIPE, cli.TERMINATED}
+    own = {0, cli_run.BUG, cli_run.INTERRUPTED, cli_run.BROKEN_PIPE, cli_run.TERMINATED}
     assert set(documented) == {c.exit_code for c in classes} | own
     for c in classes:
         if c.__base__.__dict__.get("exit_code") != c.exit_code:

@@ -29,6 +29,8 @@ class TableQuantizer:
     scale_dtype: of the schemes that such a function gives, which is one for all; float32 by default
     device, threads: as in `ops.quantize`
     continue_on_error: a layer that cannot be quantized is left out and listed in `problems`, instead of raised
+    max_row_bytes: a tensor whose result is larger goes to several rows of the result, with columns chunk and n_chunks;
+        each has whole rows of the tensor, at least one. What comes in several rows stays as it is
 
         >>> batch = pa.record_batch({"layer_name": ["fc"], "weights": [[[1.0, 2.0], [3.0, 4.0]]]})
         >>> quantizer = TableQuantizer(batch.schema, "int4_g32_asym", device="cpu")
@@ -48,8 +50,12 @@ class TableQuantizer:
         device: str = "auto",
         threads: int | None = None,
         continue_on_error: bool = False,
+        max_row_bytes: int | None = None,
         done: Done | None = None,
     ) -> None:
+        if max_row_bytes is not None and max_row_bytes < 1:
+            raise InputError(f"max_row_bytes {max_row_bytes}: give the bytes of one row of the result, 1 or more")
+        self._max_row_bytes = max_row_bytes
         self._choice: Choice = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
         by_scheme = self._choice.scale_dtype if isinstance(self._choice, Scheme) else "float32"
         self._scale_dtype = scale_dtype or by_scheme
@@ -58,7 +64,7 @@ class TableQuantizer:
         if isinstance(self._choice, Scheme):
             self._check_scales(self._choice)
         self._rows = Rows(schema)
-        self._is_cut = "chunk" in schema.names
+        self._is_cut = "chunk" in schema.names or max_row_bytes is not None
         self._backend = get_backend(device, threads)
         self._continue, self._done = continue_on_error, done
         self.problems: list[Problem] = []
@@ -132,13 +138,24 @@ class TableQuantizer:
                 self._check_scales(scheme, f"{layer.name}: ")
                 yield layer, scheme
 
+    def _parts(self, layer: Layer, scheme: Scheme) -> Iterator[tuple[Layer, Scheme]]:
+        """The layer, cut into row blocks whose results are small enough."""
+        rows, length = layer.weights.shape
+        if self._max_row_bytes is None or layer.n_chunks > 1 or rows < 2:
+            yield layer, scheme
+            return
+        step = max(1, self._max_row_bytes // max(1, scheme.n_bytes((1, length))))
+        n = -(-rows // step)
+        for i in range(n):
+            yield layer._replace(weights=layer.weights[i * step : (i + 1) * step], chunk=i, n_chunks=n), scheme
+
     def _fail(self, layer: Layer, error: InputError) -> None:
         if layer.n_chunks > 1:
             self._broken.add(layer.name)
         self._report(Problem(layer.name, error))
 
     def _quantized(self, layers: Iterable[Layer], is_large: bool | None) -> pa.RecordBatch:
-        chosen = list(self._chosen(layers))
+        chosen = [part for layer, scheme in self._chosen(layers) for part in self._parts(layer, scheme)]
         results = Results([layer for layer, _ in chosen], [scheme for _, scheme in chosen], self._scale_dtype)
         for i, (layer, scheme) in enumerate(chosen):
             if layer.name in self._broken:
