@@ -37,6 +37,8 @@ CONDA_NAME = {
     "nanoarrow": "nanoarrow",
     "PyYAML": "pyyaml",
     "coverage": "coverage",
+    "pandas": "pandas",
+    "duckdb": "python-duckdb",
     "hatchling": "hatchling",
 }
 EXTRAS = ("cuda13", "hub", "test")
