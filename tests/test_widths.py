@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,26 @@ def test_entropy_gives_the_first_width(source: Path, tmp_path: Path) -> None:
     assert got == alone
 
 
+@pytest.mark.parametrize(("n_values", "bits"), [(1, 8), (15, 8), (16, 4), (48, 4), (49, 2), (256, 2)])
+def test_the_bounds_of_entropy(tmp_path: Path, n_values: int, bits: int) -> None:
+    """n values that are equally often, each in a bin of its own, have an entropy of log(n) / log(256)."""
+    values = np.append(np.arange(n_values - 1), 255 if n_values > 1 else 0).astype(np.float32)
+    path = write_safetensors(tmp_path / "m.safetensors", {"a.weight": np.tile(values, (4, 4))})
+    plan = planned(path, widths=Widths(entropy=True))
+    assert plan.measured["a.weight"].entropy == pytest.approx(math.log(n_values, 256), abs=1e-12)
+    assert schemes(plan) == {"a.weight": f"int{bits}_channel_asym"}
+
+
+@pytest.mark.parametrize("order", ["kqv", "qvk", "vkq"])
+def test_the_widest_part_may_be_any(tmp_path: Path, order: str) -> None:
+    tensors = dict(zip([f"a.{p}_proj.weight" for p in order], [NORMAL, PEAKED, NORMAL * 2], strict=True))
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    widest = f"a.{order[1]}_proj.weight"
+    plan = planned(path, widths=Widths(entropy=True))
+    assert set(schemes(plan).values()) == {"int8_channel_asym"}
+    assert {n for n, r in reasons(plan).items() if f"one scheme with {widest}" in r} == tensors.keys() - {widest}
+
+
 def test_a_cosine_raises_what_entropy_gave(source: Path, cosines: dict[int, dict[str, float]]) -> None:
     name = "layers.0.self_attn.o_proj.weight"
     least = (cosines[2][name] + cosines[4][name]) / 2
@@ -285,6 +306,12 @@ def test_entropy_does_not_lower_them_and_a_least_accuracy_holds_for_them(source:
     best = planned(source, widths=Widths(min_accuracy=0.999999999, sensitive="raise"))
     assert schemes(best)["embed_tokens.weight"] is None
     assert reasons(best)["embed_tokens.weight"].startswith("embedding, raised to 8 bits; cosine 0.99")
+
+
+def test_only_matrices_are_raised(tmp_path: Path) -> None:
+    tensors = {"pos_embed.weight": NORMAL[None], "embed.bias": NORMAL, "embed.weight": NORMAL, "norm.weight": NORMAL[0]}
+    plan = planned(write_safetensors(tmp_path / "m.safetensors", tensors), widths=Widths(sensitive="raise"))
+    assert {n for n, s in schemes(plan).items() if s is not None} == {"embed.weight"}
 
 
 def test_a_model_of_nothing_else_has_something_to_quantize(tmp_path: Path) -> None:
@@ -336,17 +363,21 @@ def test_an_accuracy_that_nothing_reaches_names_the_best(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("asked", [Widths(entropy=True), Widths(min_accuracy=0.5)])
 @pytest.mark.parametrize("scheme", ["int2_channel_asym", "int4_tensor"])
-def test_weights_that_are_not_finite_are_the_error_of_a_run(tmp_path: Path, asked: Widths, scheme: str) -> None:
+def test_weights_that_are_not_finite_are_the_error_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Widths, scheme: str
+) -> None:
+    monkeypatch.setattr(widths, "BLOCK_WEIGHTS", LENGTH)
     x = NORMAL.copy()
     x[1, 7] = x[3, 9] = np.nan
     x[2, 0] = -np.inf
     path = write_safetensors(tmp_path / "m.safetensors", {"a.weight": NORMAL, "b.weight": x})
-    messages = []
-    for choice in (None, asked):
-        with nothing_changes(tmp_path), pytest.raises(NonFiniteError) as caught:
-            quantize(path, tmp_path / "o", scheme, widths=choice)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
+    with nothing_changes(tmp_path), pytest.raises(NonFiniteError) as of_run:
+        quantize(path, tmp_path / "o", scheme)
+    with pytest.raises(NonFiniteError) as of_plan:
+        planned(path, scheme, widths=asked)
+    assert str(of_plan.value) == str(of_run.value)
+    assert "b.weight: 2 NaN and 1 infinite values" in str(of_plan.value)
+    assert f"flat index {LENGTH + 7} of" in str(of_plan.value)
 
 
 def test_a_tensor_of_zeros_is_good_at_any_width(source: Path) -> None:
@@ -423,10 +454,30 @@ def test_measuring_is_interrupted_by_progress(source: Path, tmp_path: Path, erro
     def progress(done: int, total: int, name: str) -> None:
         raise error
 
-    before = set(threading.enumerate())
     with nothing_changes(tmp_path), pytest.raises(error):
         quantize(source, tmp_path / "o", widths=Widths(min_accuracy=LEAST), progress=progress)
-    assert {t for t in threading.enumerate() if t.name.startswith("arrowquant-widths")} <= before
+    assert not [t for t in threading.enumerate() if t.name.startswith("arrowquant-widths")]
+
+
+def test_an_interrupted_measuring_ends_within_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_rows, n_read, real = 400, 0, widths.block_of
+
+    def slow_block(*args: Any) -> Any:
+        nonlocal n_read
+        n_read += 1
+        time.sleep(0.003)
+        return real(*args)
+
+    def progress(done: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(widths, "BLOCK_WEIGHTS", 8)
+    monkeypatch.setattr(widths, "block_of", slow_block)
+    tensors = {"a.weight": np.ones((1, 8), np.float32), "b.weight": np.ones((n_rows, 8), np.float32)}
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    with pytest.raises(KeyboardInterrupt):
+        planned(path, widths=Widths(min_accuracy=LEAST), progress=progress)
+    assert n_read < n_rows
 
 
 def test_measuring_is_planning_in_a_timeline(source: Path, tmp_path: Path) -> None:
