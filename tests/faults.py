@@ -359,8 +359,8 @@ def _hook_devices(
         patch.setattr(HostSlot, name, hooked)
 
     simulate(patch, make, slot_bytes=machine.slot_bytes, n_slots=machine.n_slots)
-    before("_codes")
-    before("_range")
+    # Of every piece, before the kernel for its codes or its range.
+    before("_divided")
 
 
 @contextlib.contextmanager
