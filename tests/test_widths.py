@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arrowquant_gpu import trace
+from arrowquant_gpu.backends.numpy_reference import ReferenceBackend
 from arrowquant_gpu.errors import FormatError, InputError, NonFiniteError, QualityError, TargetError
 from arrowquant_gpu.formats import Diffusion, Entry, TensorInfo, diffusion_columns, pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
@@ -411,6 +412,40 @@ def test_backends_threads_and_blocks_give_the_same_bytes(
     assert len(made[0]) == 2
     for other in made[1:]:
         assert differences(made[0], other) == []
+
+
+class Remote(ReferenceBackend):
+    """Computes like a GPU: away from the host's arrays, and for one thread at a time."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self.n_calls, self._is_busy = 0, threading.Lock()
+
+    def put(self, x: np.ndarray) -> np.ndarray:
+        return x.copy()
+
+    def quantize(self, *args: Any) -> Any:
+        if not self._is_busy.acquire(blocking=False):
+            raise RuntimeError("two threads at once")
+        try:
+            self.n_calls += 1
+            time.sleep(0.002)
+            return super().quantize(*args)
+        finally:
+            self._is_busy.release()
+
+
+def test_gpus_share_the_tensors_one_thread_each(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = {f"cuda:{i}": Remote() for i in range(2)}
+    monkeypatch.setattr(widths, "get_backend", lambda name, threads: remote[name])
+    sink, checkpoint = Narrow(set()), open_checkpoint(source)
+    plan = make_plan(checkpoint, sink, "int2_channel_asym")
+    got = revise(plan, checkpoint, sink, Widths(min_accuracy=LEAST), devices=list(remote))
+    monkeypatch.undo()
+    want = revise(plan, checkpoint, sink, Widths(min_accuracy=LEAST))
+    assert (got.entries, got.measured) == (want.entries, want.measured)
+    assert all(backend.n_calls for backend in remote.values())
 
 
 @pytest.mark.parametrize("scheme", ["int2_tensor", "int3_g40_asym", "int4_tensor_asym_f16", "int2_g128_bf16"])
