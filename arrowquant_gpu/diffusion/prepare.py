@@ -117,8 +117,8 @@ def prepare(
         if is_spatial and has_channels and format_name in WITHOUT_DIVISORS:
             raise FormatError(
                 f"{format_name} cannot carry the divisors that {options.calibration} gives a model of modality "
-                f"{found.name}: its readers would not multiply by them. Choose --format parquet, parquet-tensors or arrow, or leave "
-                f"--calibration out."
+                f"{found.name}: its readers would not multiply by them. Choose --format parquet, parquet-tensors or "
+                f"arrow, or leave --calibration out."
             )
     elif is_spatial:
         warnings.append(
