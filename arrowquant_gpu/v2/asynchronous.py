@@ -128,22 +128,30 @@ class _Cancelled(BaseException):
 async def _in_thread(work: Callable[[Callable[..., None]], T], callback: Callable[..., Any] | None) -> T:
     """`work(report)` in a thread; `report` calls and awaits `callback` in this event loop."""
     loop, is_cancelled = asyncio.get_running_loop(), threading.Event()
-    called: list[concurrent.futures.Future[None]] = []
+    calls: set[asyncio.Task[None]] = set()
 
     async def call(*arguments: Any) -> None:
         assert callback is not None
-        result = callback(*arguments)
-        if inspect.isawaitable(result):
-            await result
+        task = asyncio.current_task()
+        assert task is not None
+        # Here and where it is set is the loop's thread: a call is cancelled below, or does not begin.
+        if is_cancelled.is_set():
+            raise asyncio.CancelledError
+        calls.add(task)
+        try:
+            result = callback(*arguments)
+            if inspect.isawaitable(result):
+                await result
+        finally:
+            calls.discard(task)
 
     def report(*arguments: Any) -> None:
         if is_cancelled.is_set():
             raise _Cancelled
         if callback is None:
             return
-        called[:] = [asyncio.run_coroutine_threadsafe(call(*arguments), loop)]
         try:
-            called[0].result()
+            asyncio.run_coroutine_threadsafe(call(*arguments), loop).result()
         except concurrent.futures.CancelledError:
             raise _Cancelled from None
 
@@ -159,8 +167,8 @@ async def _in_thread(work: Callable[[Callable[..., None]], T], callback: Callabl
         result = await asyncio.shield(running)
     except asyncio.CancelledError:
         is_cancelled.set()
-        for future in called:
-            future.cancel()
+        for call_task in calls:
+            call_task.cancel()
         # Until the output is what it was: the files are being removed.
         while not running.done():
             with contextlib.suppress(asyncio.CancelledError):  # cancelled once more
