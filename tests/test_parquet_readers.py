@@ -18,9 +18,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from arrowquant_gpu import dequantize_checkpoint, quantize_checkpoint
+from arrowquant_gpu import dequantize_checkpoint, quantize_checkpoint, reference
 from arrowquant_gpu.formats import pieces as cutting
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
+from arrowquant_gpu.schemes import Scheme
 
 from .bitwise import assert_bitwise_equal
 from .fixtures import tiny_llama, write_safetensors
@@ -120,6 +121,16 @@ def test_every_reader_gives_what_we_decode_to(
         n_rows.append(len(rows))
         check(rows, want.view(name), name)
     assert n_rows[0] > 1
+
+
+@pytest.mark.parametrize("scheme", ["int4_g32_asym", "int8_g16"])
+def test_what_we_decode_to_is_what_the_reference_makes_of_the_weights(models: dict[str, Path], scheme: str) -> None:
+    """So that a code in a wrong place is noticed, though writer and reader agree on it."""
+    source, ours, parsed = open_checkpoint(models["source"]), open_checkpoint(models[scheme]), Scheme.parse(scheme)
+    name = "model.layers.0.mlp.up_proj.weight"
+    packed, scales, zeros, _ = reference.quantize(source.view(name), parsed)
+    want = reference.dequantize(packed, scales, zeros, parsed, source.tensors[name].shape[1])
+    assert_bitwise_equal(ours.view(name), want, name)
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
