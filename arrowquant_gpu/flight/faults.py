@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from .. import errors
-from ..errors import ArrowQuantError, AuthenticationError, BusyError, InputError, ServiceError
+from ..errors import ArrowQuantError, AuthenticationError, BusyError, ServiceError
 
 # Errors travel in the trailers of an HTTP/2 stream: gRPC throws all of them away where they are over 8 KB together.
 # The text is in them three times, once percent-encoded.
@@ -23,6 +23,7 @@ _KINDS: dict[type[ArrowQuantError], type[fl.FlightError]] = {
 def to_flight(error: ArrowQuantError) -> fl.FlightError:
     """The Flight error that carries `error`: Unauthenticated, Unavailable, or else a failed call.
 
+    >>> from arrowquant_gpu.errors import InputError
     >>> to_flight(InputError("fc: no weights")).extra_info
     b'{"error": "InputError", "message": "fc: no weights", "values": {}}'
     """
@@ -34,6 +35,7 @@ def to_flight(error: ArrowQuantError) -> fl.FlightError:
 def from_flight(error: BaseException, location: str) -> ArrowQuantError:
     """The error that a server raised with `to_flight`, of the same class; a ServiceError for what Flight itself says.
 
+    >>> from arrowquant_gpu.errors import InputError
     >>> from_flight(to_flight(InputError("fc: no weights")), "grpc://host:1")
     InputError('fc: no weights')
     """
@@ -45,7 +47,9 @@ def from_flight(error: BaseException, location: str) -> ArrowQuantError:
     if isinstance(error, fl.FlightUnauthenticatedError):
         return AuthenticationError(f"{location}: {text}")
     if isinstance(error, fl.FlightUnavailableError):
-        return ServiceError(f"{location}: no answer ({text}); is `arrowquant serve` running there, with or without TLS?")
+        return ServiceError(
+            f"{location}: no answer ({text}); is `arrowquant serve` running there, with or without TLS?"
+        )
     if isinstance(error, fl.FlightTimedOutError):
         return ServiceError(f"{location}: no answer in time ({text})")
     return ServiceError(f"{location}: {text}")
@@ -68,14 +72,24 @@ def _info(error: ArrowQuantError) -> bytes:
 def _restored(info: bytes) -> ArrowQuantError | None:
     try:
         said = json.loads(info)
-        kind, message, values = vars(errors).get(said["error"]), said["message"], dict(said["values"])
+        error = restored(said["error"], said["message"])
+        vars(error).update({k: tuple(v) if isinstance(v, list) else v for k, v in dict(said["values"]).items()})
     except (ValueError, KeyError, TypeError):
         return None
-    if not (isinstance(kind, type) and issubclass(kind, ArrowQuantError)):
-        return ServiceError(f"{said['error']}: {message}")
-    error = kind.__new__(kind)
+    return error
+
+
+def restored(kind: str, message: str) -> ArrowQuantError:
+    """The error of errors.py with this class name and message; a ServiceError that names an unknown class.
+
+    >>> restored("SchemeError", "9 bits")
+    SchemeError('9 bits')
+    """
+    found = vars(errors).get(kind)
+    if not (isinstance(found, type) and issubclass(found, ArrowQuantError)):
+        return ServiceError(f"{kind}: {message}")
+    error = found.__new__(found)
     error.args = (message,)
-    vars(error).update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return error
 
 

@@ -21,6 +21,7 @@ MEMBERS = {
     PUT: ("name", "scheme", "continue_on_error", "overwrite"),
 }
 DEFAULT_SCHEME = "int4_g128_asym"
+GRAMMAR = "int{2,3,4,5,6,8}_{gN,channel,tensor}[_asym][_f16|_bf16]"
 MOST_BYTES = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
