@@ -149,7 +149,7 @@ def test_files_that_hold_no_weights(quantizer: ArrowQuantV2, tmp_path: Path) -> 
     with pytest.raises(SourceError, match=r"broken\.parquet"):
         quantizer.quantize_batch_smart(tmp_path / "broken.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="the directory is empty"):
+    with pytest.raises(SourceError, match="empty"):
         quantizer.explain(tmp_path / "empty")
     bits = write_safetensors(tmp_path / "m.safetensors", {"b": np.ones(3, bool)})
     with pytest.raises(InputError, match="b: dtype bool"):

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 
 from .. import ops
 from ..backends import get_backend, pick_device
-from ..errors import InputError, SourceError
+from ..errors import InputError
 from ..formats.checkpoint import INDEX, open_checkpoint
 from ..interchange import as_weights
 from ..schemes import Scheme
 from ..tables.quantize import TableQuantizer, as_reader, quantize_stream, quantize_table
-from ..tables.weights import COLUMNS, check_schema
+from ..tables.sources import open_source
+from ..tables.weights import check_schema
 from .batch import check_names, from_lists, quantize_in_turn
 
 # Sizes of the layers that are measured, in bytes; between them costs are interpolated, beyond them extrapolated.
@@ -38,6 +39,8 @@ ROUNDS = 9
 MEASURED_SCHEME = Scheme(4, "group", 128, symmetric=False)
 # What a stream is taken for, whose size is not known before it has been read.
 STREAM_LAYER_BYTES = 1 << 26
+# How files of tables begin: Parquet, Arrow IPC files and streams.
+TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 PATHS = {"dict": "batch", "array": "batch", "table": "arrow", "batch": "arrow", "reader": "stream"}
 
 
@@ -122,9 +125,8 @@ def look_at(x: Any) -> Input:
         return _of_table(x)
     if isinstance(x, list | tuple):
         return _of_arrays(from_lists({"weights": x}), "array")
-    if _is_dataset(x):
-        check_schema(x.schema)
-        return Input(lambda: _read(x), "reader", None)
+    if hasattr(x, "get_fragments"):  # a pyarrow Dataset
+        return Input(open_source(x).reader, "reader", None)
     is_tabular = hasattr(x, "__arrow_c_stream__") or (hasattr(x, "__arrow_c_array__") and not hasattr(x, "__dlpack__"))
     if is_tabular and not isinstance(x, pa.Array | pa.ChunkedArray):
         return _of_table(as_reader(x).read_all())
@@ -150,44 +152,24 @@ def _of_table(table: pa.Table | pa.RecordBatch) -> Input:
 
 
 def _of_path(path: Path) -> Input:
-    """A checkpoint as the dict of its tensors, all of them; a table or stream on disk as a reader."""
-    head = b""
-    if path.is_file():
-        try:
-            with path.open("rb") as f:
-                head = f.read(8)
-        except OSError as e:
-            raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
-    if head.startswith(b"\xff\xff\xff\xff"):
-        return look_at(pa.ipc.open_stream(pa.memory_map(str(path))))
-    formats = {b"PAR1": "parquet", b"ARROW1": "ipc"}
-    form = next((form for magic, form in formats.items() if head.startswith(magic)), None)
-    if path.is_dir() and not any(f.name.endswith((".safetensors", INDEX)) for f in path.iterdir()):
-        suffixes = {f.suffix for f in path.rglob("*") if f.is_file()}
-        form = "parquet" if ".parquet" in suffixes else "ipc" if suffixes & {".arrow", ".feather"} else None
-    if form is None:
-        checkpoint = open_checkpoint(path)
-        return _of_arrays({name: checkpoint.view(name) for name in checkpoint.tensors}, "dict")
-    import pyarrow.dataset
+    """A checkpoint as the dict of its tensors, all of them; tables on disk as a reader."""
+    if path.is_dir():
+        is_table = not any(file.name.endswith((".safetensors", INDEX)) for file in path.iterdir())
+    else:
+        is_table = _first_bytes(path).startswith(TABLES)
+    if is_table:
+        return Input(open_source(path).reader, "reader", None)
+    checkpoint = open_checkpoint(path)
+    return _of_arrays({name: checkpoint.view(name) for name in checkpoint.tensors}, "dict")
 
+
+def _first_bytes(path: Path) -> bytes:
+    """Of a file; none where it cannot be read, about which the reader of checkpoints has more to say."""
     try:
-        found = pyarrow.dataset.dataset(path, format=form, partitioning="hive")
-    except (pa.ArrowException, OSError, ValueError) as e:
-        raise SourceError(f"{path}: cannot be read as a dataset of {form} files: {e}") from e
-    return look_at(found)
-
-
-def _is_dataset(x: Any) -> bool:
-    import pyarrow.dataset
-
-    return isinstance(x, pyarrow.dataset.Dataset)
-
-
-def _read(dataset: Any) -> pa.RecordBatchReader:
-    """A dataset as a stream: the columns that count, few rows at a time, since each may be a large layer."""
-    columns = [name for name in COLUMNS if name in dataset.schema.names]
-    scanner = dataset.scanner(columns=columns, batch_size=1, batch_readahead=1, fragment_readahead=1)
-    return scanner.to_reader()
+        with path.open("rb") as f:
+            return f.read(8)
+    except OSError:
+        return b""
 
 
 # --- The choice ------------------------------------------------------------------------------------------------------
