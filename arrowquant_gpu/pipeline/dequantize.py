@@ -79,7 +79,7 @@ def dequantize_checkpoint(
 ) -> Dequantized:
     """Decode the quantized checkpoint `src` into float safetensors `dst`, which appear when they are complete.
 
-    src: a compressed-tensors directory, or a Parquet or Arrow file that this package wrote
+    src: a compressed-tensors or parquet-tensors directory, or a Parquet or Arrow file that this package wrote
     dst: for a directory a directory, with the side files, config.json without its quantization, and shards of at most
         5 GB; for a file one safetensors file
     dtype: "float32", "float16" or "bfloat16" for the tensors that were quantized; by default each its original one.
