@@ -12,6 +12,7 @@ import typer
 from . import __version__
 from .cli_progress import compile_time, progress_bar
 from .cli_run import TERMINATED, Debug, Device, Json, Overwrite, Quiet, Threads, Verbose, run
+from .cli_serve import serve
 from .cli_size import parse_size
 from .cli_tables import quantize_table
 from .errors import InputError, SchemeError
@@ -294,6 +295,7 @@ def info(json: Json = False, debug: Debug = False) -> None:
 app.command(epilog="Example: arrowquant quantize-table weights.parquet int4.arrow --scheme int4_g128_asym")(
     quantize_table
 )
+app.command(epilog="Example: arrowquant serve --location grpc://127.0.0.1:8815 --store results/")(serve)
 
 
 def _version(value: bool) -> None:

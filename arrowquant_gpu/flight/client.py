@@ -57,8 +57,8 @@ class Client:
         >>> from arrowquant_gpu.flight import Server
         >>> with Server("grpc://127.0.0.1:0", device="cpu") as server, Client(server.location) as client:
         ...     rows = client.quantize({"fc": np.ones((2, 64), np.float32)}, "int8_g32")
-        ...     client.dequantize(rows)["weights"][0].as_py()[:2], client.health()["status"]
-        ([1.0, 1.0], 'serving')
+        ...     client.dequantize(rows)["shape"].to_pylist(), client.health()["status"]
+        ([[2, 64]], 'serving')
 
     All methods raise the server's error as the class that it had there (InputError, NonFiniteError, SchemeError, ...),
     and ServiceError where the server cannot be reached, AuthenticationError, BusyError, NotFoundError.

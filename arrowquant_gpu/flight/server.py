@@ -85,8 +85,8 @@ class Server(fl.FlightServerBase):  # type: ignore[misc]
                 f"{max_clients * MESSAGES_AT_ONCE * MIN_MESSAGE} bytes; raise it, or serve fewer (--max-clients)"
             )
         self.idle_timeout = idle_timeout
-        self._device, self._threads = pick_device(device), threads
-        self._backend = get_backend(self._device.name, threads)
+        self.device, self._threads = pick_device(device), threads
+        self._backend = get_backend(self.device.name, threads)
         self._store = None if store is None else Store(Path(store))
         self._is_closed = False
         self._calls = Calls(max_clients, idle_timeout, lambda peer: connections.cut(self.port, peer))
@@ -111,6 +111,7 @@ class Server(fl.FlightServerBase):  # type: ignore[misc]
         if self._is_closed:
             return []
         self._is_closed = True
+        self._calls.close()
         ending = threading.Thread(target=super().shutdown, name="shutdown")
         unfinished: list[dict[str, Any]] = []
         ending.start()
@@ -183,7 +184,7 @@ class Server(fl.FlightServerBase):  # type: ignore[misc]
 
     def _dequantize(self, request: Request, messages: _Messages, writer: Any, call: Call) -> None:
         rows = pa.RecordBatchReader.from_batches(messages.schema, checked(messages, self.message_bytes))
-        decoded = dequantize_stream(rows, request.dtype, device=self._device.name, threads=self._threads)
+        decoded = dequantize_stream(rows, request.dtype, device=self.device.name, threads=self._threads)
         writer.begin(decoded.schema)
         for batch in batches_of(decoded):
             writer.write_batch(batch)
@@ -218,7 +219,7 @@ class Server(fl.FlightServerBase):  # type: ignore[misc]
         return TableQuantizer(
             messages.schema,
             Scheme.parse(request.scheme or requests.DEFAULT_SCHEME),
-            device=self._device.name,
+            device=self.device.name,
             threads=self._threads,
             continue_on_error=request.continue_on_error,
         )
@@ -258,7 +259,7 @@ class Server(fl.FlightServerBase):  # type: ignore[misc]
     def _info(self) -> dict[str, Any]:
         return {
             "version": __version__,
-            "device": self._device._asdict(),
+            "device": self.device._asdict(),
             "store": self._store is not None,
             "limits": {
                 "max_clients": self.max_clients,
