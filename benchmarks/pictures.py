@@ -129,26 +129,26 @@ def timeline(results: Results) -> Any:
 def layers(results: Results) -> Any:
     """For each path: milliseconds per layer of 4 MB, with the kernel's own part, and memory."""
     rows = [*results["single_4mb"].values(), *results["multi_layer"]]
-    names = [f"{row['path']}, {row['layers']} layer{'s' * (row['layers'] > 1)}" for row in rows]
+    names = [f"{row['path']}, {row['num_layers']} layer{'s' * (row['num_layers'] > 1)}" for row in rows]
     figure, (left, right) = _subplots(ncols=2, figsize=(10, 1.2 + 0.34 * len(rows)), width_ratios=(3, 1), sharey=True)
     y = np.arange(len(rows))[::-1]
-    kernel = np.array([row["kernel_ms_per_layer"] for row in rows])
-    whole = np.array([row["ms_per_layer"] for row in rows])
+    kernel = np.array([row["kernel_per_layer_ms"] for row in rows])
+    whole = np.array([row["per_layer_ms"] for row in rows])
     left.barh(y, kernel, color=COLORS["kernel"], label="kernel")
     left.barh(y, np.maximum(whole - kernel, 0), left=kernel, color=GREY, label="everything else")
     for at, row in zip(y, rows, strict=True):
-        label = f" {row['ms_per_layer']:.2f} ms, {row['outside_kernel']:.0%} outside the kernel"
-        left.text(row["ms_per_layer"], at, label, va="center", fontsize=7.5)
+        label = f" {row['per_layer_ms']:.2f} ms, {row['outside_kernel']:.0%} outside the kernel"
+        left.text(row["per_layer_ms"], at, label, va="center", fontsize=7.5)
     left.set_yticks(y, names)
     left.set_xscale("log")
     left.set_xlim(kernel.min() / 2, whole.max() * 20)
     left.set_xlabel("milliseconds per layer of 4 MB")
     left.legend(loc="lower right", fontsize=7.5)
-    right.barh(y, [row["memory_factor"] for row in rows], color=COLORS["read"])
+    right.barh(y, [row["extra_memory"] for row in rows], color=COLORS["read"])
     for at, row in zip(y, rows, strict=True):
-        right.text(row["memory_factor"], at, f" {row['memory_factor']:.2f}", va="center", fontsize=7.5)
-    right.set_xlim(0, 1.3 * max(row["memory_factor"] for row in rows))
-    right.set_xlabel("extra memory / input")
+        right.text(row["extra_memory"], at, f" {row['extra_memory']:.1%}", va="center", fontsize=7.5)
+    right.set_xlim(0, max(0.05, 1.3 * max(row["extra_memory"] for row in rows)))
+    right.set_xlabel("memory beyond the output / input")
     figure.suptitle(f"Layers of 4 MB float32 to {results['scheme']}", fontsize=10)
     return figure
 

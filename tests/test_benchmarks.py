@@ -5,6 +5,7 @@ None of these looks at a time that was measured.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -20,7 +21,16 @@ from arrowquant_gpu import quantize_checkpoint
 from arrowquant_gpu.backends.cpu import CpuBackend
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.schemes import Scheme
-from benchmarks import bench_arrowquant_v2, bench_checkpoint, bench_kernels, checkpoints, parts, simulated, timelines
+from benchmarks import (
+    bench_arrowquant_v2,
+    bench_checkpoint,
+    bench_kernels,
+    checkpoints,
+    parts,
+    pictures,
+    simulated,
+    timelines,
+)
 from benchmarks.checkpoints import MODELS, Model
 from benchmarks.timelines import Event
 from benchmarks.watch import cached_share, watch
@@ -296,6 +306,31 @@ def test_a_page_cache_in_simulation_is_as_fast_as_told(source: Path, monkeypatch
     turns.sort()
     assert all(abs(end - start - 1e-3) < 1e-9 for start, end in turns)
     assert all(turns[i + 1][0] >= turns[i][1] for i in range(3))
+
+
+def test_layers_are_measured_on_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And models are loaded; memory in a process of its own, which reads the same file."""
+    monkeypatch.setattr(bench_arrowquant_v2, "SHAPE", (8, 256))
+    monkeypatch.setattr(bench_arrowquant_v2, "LAYERS", (1, 2))
+    monkeypatch.setattr(bench_arrowquant_v2, "TENSOR", (64, 64))
+    monkeypatch.setattr(bench_arrowquant_v2, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(bench_arrowquant_v2, "MODELS", {"small": 100_000, "large": 1_000_000})
+    ways = {path: way._replace(layers=(1, 2)) for path, way in bench_arrowquant_v2.PATHS.items()}
+    monkeypatch.setattr(bench_arrowquant_v2, "PATHS", ways)
+    results = bench_arrowquant_v2.run("int4_g128_asym", "cpu", 1)
+    measured = {"layer_size_mb", "convert_median_ms", "quantize_median_ms", "total_median_ms"}
+    assert results["single_4mb"].keys() == {"list", "batch", "arrow"}
+    assert all(row.keys() >= measured for row in results["single_4mb"].values())
+    assert [(row["path"], row["num_layers"]) for row in results["multi_layer"]] == [(path, 2) for path in ways]
+    for row in results["multi_layer"]:
+        assert row["per_layer_ms"] == row["total_median_ms"] / 2 > 0
+        assert 0 <= row["outside_kernel"] < 1
+        assert row["output_mb"] > 0
+    assert [(row["model"], row["read_ms"] is None) for row in results["loading"]] == [("small", False), ("large", True)]
+    assert [row["parameters"] for row in results["loading"]] == [100_032, 1_000_000]
+    drawn = set(re.findall(r"row\[[\"'](\w+)", inspect.getsource(pictures.layers)))
+    assert drawn
+    assert all(row.keys() >= drawn for row in results["multi_layer"])
 
 
 @pytest.fixture
