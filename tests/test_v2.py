@@ -706,6 +706,13 @@ def test_fractions_of_several_passes() -> None:
     assert report is not None
     for call in ((0, 10, ""), (5, 10, "a"), (10, 10, "b"), (0, 20, ""), (20, 20, "c")):
         report(*call)
+    # A second pass that is over at once.
+    again: list[float] = []
+    report = models.fractions(lambda _, fraction: again.append(fraction), "model.safetensors", 2)
+    assert report is not None
+    for call in ((5, 10, "a"), (10, 10, "b"), (20, 20, "c")):
+        report(*call)
+    assert again == [0.25, 0.5, 1.0]
     assert seen == [("model.safetensors", 0.0), ("a", 0.25), ("b", 0.5), ("model.safetensors", 0.5), ("c", 1.0)]
 
 

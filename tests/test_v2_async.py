@@ -159,25 +159,60 @@ def test_several_models_in_order_with_one_failure(quantizer: AsyncArrowQuantV2, 
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_no_more_models_at_a_time_than_asked_for(model: Path, tmp_path: Path, most: int) -> None:
-    quantizer, now, peak = AsyncArrowQuantV2(device="cpu"), 0, 0
-    lock = threading.Lock()
+    """Those that began wait until no further one has begun for a while."""
+    quantizer, release = AsyncArrowQuantV2(device="cpu"), threading.Event()
+    running: list[int] = []
 
     def work(*_: Any, **__: Any) -> dict[str, int]:
-        nonlocal now, peak
-        with lock:
-            now += 1
-            peak = max(peak, now)
-            full.set() if now == most else None
-        full.wait(60)
-        with lock:
-            now -= 1
+        running.append(1)
+        assert release.wait(60)
         return {}
 
-    full = threading.Event()
     quantizer.quantizer.quantize_diffusion_model = work  # type: ignore[method-assign]
-    jobs = [(model, tmp_path / str(i)) for i in range(7)]
-    asyncio.run(quantizer.quantize_multiple_models_async(jobs, max_concurrent=most))
-    assert peak == most
+    jobs = [(model, tmp_path / str(i)) for i in range(5)]
+
+    async def main() -> int:
+        task = asyncio.create_task(quantizer.quantize_multiple_models_async(jobs, max_concurrent=most))
+        while len(running) < most:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        n = len(running)
+        release.set()
+        await task
+        return n
+
+    assert asyncio.run(main()) == most
+    assert len(running) == 5
+
+
+def test_a_callback_does_not_begin_after_the_cancellation(
+    quantizer: AsyncArrowQuantV2, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is held between its look at the cancellation and its call."""
+    asked, go_on, called = threading.Event(), threading.Event(), []
+    real = asyncio.run_coroutine_threadsafe
+
+    def held(*arguments: Any) -> Any:
+        asked.set()
+        assert go_on.wait(60)
+        return real(*arguments)
+
+    async def main() -> None:
+        work = quantizer.quantize_diffusion_model_async(
+            model, tmp_path / "o", progress_callback=lambda *x: called.append(x)
+        )
+        task = asyncio.create_task(work)
+        await asyncio.to_thread(asked.wait, 60)
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", held)
+    asyncio.run(main())
+    assert called == []
+    assert not (tmp_path / "o").exists()
 
 
 def test_cancelling_several_models_stops_all(quantizer: AsyncArrowQuantV2, model: Path, tmp_path: Path) -> None:
