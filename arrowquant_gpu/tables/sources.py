@@ -20,6 +20,8 @@ from .weights import COLUMNS, check_schema
 
 # Of weights, in one record batch that is read.
 BATCH_BYTES = 16 << 20
+# What ends a stream: a continuation mark, and a length of zero.
+_END = b"\xff\xff\xff\xff\0\0\0\0"
 # A weight takes eight bytes at most, and four more for the levels that Parquet decodes it with.
 _WEIGHT_BYTES = 12
 
@@ -34,7 +36,7 @@ class Source:
 
     name: what errors call it
     schema: of the columns that are read
-    n_rows: how many there are; None of a stream
+    n_rows: how many there are; None where only reading tells
     paths: files and directories that must not be written to
     """
 
@@ -77,13 +79,14 @@ def open_source(src: Any) -> Source:
     if hasattr(src, "read"):
         name = str(getattr(src, "name", "the stream"))
         with source_errors(name):
-            return _stream(src, name, ())
+            file = _Ending(src)
+            return _stream(file, lambda: file.last, name, ())
     path = Path(src)
     with source_errors(str(path)):
         if path.is_dir():
             return _directory(path)
-        with path.open("rb") as file:
-            begin = file.read(8)
+        with path.open("rb") as opened:
+            begin = opened.read(8)
         kind = next((kind for magic, kind in _MAGICS.items() if begin.startswith(magic)), None)
         if kind is None:
             raise SourceError(
@@ -91,7 +94,8 @@ def open_source(src: Any) -> Source:
                 f"read by `arrowquant quantize`"
             )
         if kind == "stream":
-            return _stream(pa.memory_map(str(path)), str(path), (path,))
+            mapped = pa.memory_map(str(path))
+            return _stream(mapped, lambda: mapped.read_at(len(_END), mapped.tell() - len(_END)), str(path), (path,))
         return _file(path, kind)
 
 
@@ -117,8 +121,26 @@ def _projected(schema: pa.Schema) -> pa.Schema:
     return pa.schema([schema.field(name) for name in _columns(schema)])
 
 
-def _stream(file: Any, name: str, paths: tuple[Path, ...]) -> Source:
-    """An Arrow IPC stream, from where the file is."""
+class _Ending:
+    """A file object that is read through, and knows with which bytes it ended."""
+
+    closed = False
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.last = file, b""
+
+    def read(self, n: int = -1) -> bytes:
+        data: bytes = self._file.read(n)
+        self.last = (self.last + data[-len(_END) :])[-len(_END) :]
+        return data
+
+
+def _stream(file: Any, last: Callable[[], bytes], name: str, paths: tuple[Path, ...]) -> Source:
+    """An Arrow IPC stream, from where the file is; `last` says what the last bytes were that were read.
+
+    pyarrow takes the end of the file for the end of the stream, so that one which was cut off between two batches, by a
+    writer that was killed, would pass for a short one.
+    """
     opened = pa.ipc.open_stream(file)
     columns = _columns(opened.schema)
 
@@ -127,6 +149,11 @@ def _stream(file: Any, name: str, paths: tuple[Path, ...]) -> Source:
             try:
                 batch = opened.read_next_batch().select(columns)
             except StopIteration:
+                if last() != _END:
+                    raise SourceError(
+                        f"{name}: ends without the mark that ends an Arrow stream: its writer did not finish. Write it "
+                        f"anew, and close the writer"
+                    ) from None
                 return
             yield from _few_rows(batch)
             del batch  # before the next is read
@@ -136,14 +163,12 @@ def _stream(file: Any, name: str, paths: tuple[Path, ...]) -> Source:
 
 def _file(path: Path, kind: str) -> Source:
     """An Arrow IPC or Parquet file."""
-    import pyarrow.dataset as ds
     import pyarrow.parquet as pq
 
     name = str(path)
     if kind == "arrow":
         schema = _projected(pa.ipc.open_file(pa.memory_map(name)).schema)
-        n_rows = ds.IpcFileFormat().make_fragment(name).count_rows()
-        return Source(name, schema, n_rows, (path,), lambda: _ipc_batches(pa.memory_map(name), schema.names))
+        return Source(name, schema, None, (path,), lambda: _ipc_batches(pa.memory_map(name), schema.names))
     opened = pq.ParquetFile(name)
     schema = _projected(opened.schema_arrow)
     n_rows = opened.metadata.num_rows
@@ -151,12 +176,14 @@ def _file(path: Path, kind: str) -> Source:
 
 
 def _ipc_batches(file: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The columns of an Arrow IPC file, those of them that it has; compressed ones beside them are not decoded."""
-    names = pa.ipc.open_file(file).schema.names
-    fields = [names.index(column) for column in columns if column in names]
-    opened = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
+    """The columns of an Arrow IPC file, those of them that it has.
+
+    Not by the option `included_fields`, with which pyarrow copies a mapped file to memory; so does counting the rows.
+    """
+    opened = pa.ipc.open_file(file)
+    here = [c for c in columns if c in opened.schema.names]
     for i in range(opened.num_record_batches):
-        yield from _few_rows(opened.get_batch(i))
+        yield from _few_rows(opened.get_batch(i).select(here))
 
 
 def _parquet_batches(file: Any, columns: list[str], row_groups: list[int] | None = None) -> Iterator[pa.RecordBatch]:
@@ -211,7 +238,8 @@ def _dataset(dataset: Any, name: str, paths: tuple[Path, ...]) -> Source:
     schema = _projected(dataset.schema)
     is_files = isinstance(dataset, ds.FileSystemDataset) and not getattr(dataset, "_scan_options", None)
     if is_files and isinstance(dataset.format, ds.ParquetFileFormat | ds.IpcFileFormat):
-        return Source(name, schema, dataset.count_rows(), paths, lambda: _fragments(dataset, schema))
+        n_rows = dataset.count_rows() if isinstance(dataset.format, ds.ParquetFileFormat) else None
+        return Source(name, schema, n_rows, paths, lambda: _fragments(dataset, schema))
     scanner = dataset.scanner(columns=schema.names, batch_readahead=1, fragment_readahead=1, use_threads=False)
     return Source(name, schema, None, paths, lambda: (x for batch in scanner.to_reader() for x in _few_rows(batch)))
 

@@ -5,6 +5,7 @@ What has a name appears under it when it is complete; see formats/output.py.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +89,7 @@ class Target:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._output is None:
-            # A stream that breaks off has no end: that is how its reader knows.
+            # A stream that breaks off has no end mark: that is how its reader can know.
             if error is None:
                 self._writer.close()
             return
@@ -99,7 +100,9 @@ class Target:
                     self._close()
                 self.paths = self._output.commit()
             elif self._writer is not None:
-                self._writer.close()
+                # It may be that nothing can be written any more: that is what the error says already.
+                with contextlib.suppress(OSError, pa.ArrowException):
+                    self._writer.close()
         finally:
             self._output.abort()
 
