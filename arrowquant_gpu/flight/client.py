@@ -104,21 +104,17 @@ class Client:
         scheme, problems = Scheme.parse(scheme), list[Problem]()
         source = _Source(weights, problems if continue_on_error else None)
         batches = list(self._quantized(source, scheme, problems, continue_on_error))
-        failed = {p.layer for p in problems}
+        # Of a tensor that was sent in pieces only some were refused.
+        failed = {p.layer for p in problems} - (source.came_cut or set())
         if failed:
-            # Of a tensor in pieces only some may have been refused.
-            batches = [
-                batch.filter(pa.array([n not in failed for n in batch["layer_name"].to_pylist()])) for batch in batches
-            ]
-        table = join(batches, result_schema(scheme.scale_dtype, is_cut=True), keep_chunks=source.is_cut)
+            batches = [_without(batch, failed) for batch in batches]
+        table = join(batches, result_schema(scheme.scale_dtype, is_cut=True), source.came_cut)
         if problems:
-            first = {p.layer: p for p in reversed(problems)}
-            table = table.replace_schema_metadata(
-                {
-                    **table.schema.metadata,
-                    ERRORS_KEY: problems_json([first[n] for n in dict.fromkeys(p.layer for p in problems)]),
-                }
-            )
+            first: dict[str, Problem] = {}
+            for problem in problems:
+                first.setdefault(problem.layer, problem)
+            listed = {ERRORS_KEY: problems_json(first.values())}
+            table = table.replace_schema_metadata({**table.schema.metadata, **listed})
         return table
 
     def quantize_stream(
@@ -142,9 +138,11 @@ class Client:
         expected = decoded_schema(dtype, is_cut=True)
         reader = as_reader(rows)
         schema = quantized_schema(reader.schema)
-        messages = cut_quantized(batches_of(reader), schema, self._most_bytes(), expansion=True)
-        batches = self._exchange(Request(DEQUANTIZE, dtype=dtype), schema, messages, expected, lambda _: None)
-        return join(batches, expected, keep_chunks="chunk" in reader.schema.names)
+        came_cut: set[str] = set()
+        batches = batches_of(reader)
+        messages = cut_quantized(batches, schema, self._most_bytes(), expansion=True, came_cut=came_cut)
+        decoded = list(self._exchange(Request(DEQUANTIZE, dtype=dtype), schema, messages, expected, lambda _: None))
+        return join(decoded, expected, came_cut if "chunk" in reader.schema.names else None)
 
     def _quantized(
         self, source: _Source, scheme: Scheme, problems: list[Problem], continue_on_error: bool
@@ -237,7 +235,7 @@ class Client:
         if scheme is None:
             reader = as_reader(rows)
             schema = quantized_schema(reader.schema)
-            messages = cut_quantized(batches_of(reader), schema, self._most_bytes(), expansion=False)
+            messages = cut_quantized(batches_of(reader), schema, self._most_bytes())
             request = Request(PUT, name=name, overwrite=overwrite)
         else:
             parsed = Scheme.parse(scheme)
@@ -433,12 +431,16 @@ class _Source:
         self._problems = problems
         if (weights.num_rows == 0) if isinstance(weights, pa.Table | pa.RecordBatch) else weights == {}:
             raise InputError("there are no weights to quantize")
-        self.is_cut = not isinstance(weights, Mapping) and "chunk" in self._weights.schema.names
+        is_cut = not isinstance(weights, Mapping) and "chunk" in self._weights.schema.names
+        # Names of tensors that are in pieces already; None where there are no columns that would say so.
+        self.came_cut: set[str] | None = set() if is_cut else None
         self._rows = None if isinstance(weights, Mapping) else Rows(self._weights.schema)
 
     def layers(self) -> Iterator[Layer]:
         for layer in self._arrays() if self._rows is None else self._table(self._rows):
             if not isinstance(layer, Problem):
+                if self.came_cut is not None and layer.n_chunks > 1:
+                    self.came_cut.add(layer.name)
                 yield layer
             elif self._problems is None:
                 raise layer.error
@@ -461,6 +463,11 @@ class _Source:
                 yield Layer(name, rows.reshape(rows_and_length(weights.shape)), weights.shape, weights.dtype)
             except InputError as e:
                 yield Problem(name, e)
+
+
+def _without(batch: pa.RecordBatch, names: set[str]) -> pa.RecordBatch:
+    keep = [name not in names for name in batch["layer_name"].to_pylist()]
+    return batch if all(keep) else batch.filter(pa.array(keep, pa.bool_()))
 
 
 def _of_one_dtype(layers: Iterable[Layer], first: Layer) -> Iterator[Layer]:

@@ -6,11 +6,12 @@ pieces are quantized and decoded alone; they follow each other in order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from .. import arrow_columns, arrow_values
@@ -158,9 +159,16 @@ def quantized_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def cut_quantized(
-    batches: Iterable[pa.RecordBatch], schema: pa.Schema, message_bytes: int, expansion: bool
+    batches: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    message_bytes: int,
+    *,
+    expansion: bool = False,
+    came_cut: set[str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Quantized rows as messages with the columns `schema`; large ones in pieces, views.
+
+    Names of tensors that are in pieces already go to `came_cut`; such a piece is not cut again.
 
     `expansion`: a message holds what gives `message_bytes` of decoded float32. Without it a tensor that has one scale
     in all is not cut, since `join` would find that scale in every piece.
@@ -170,6 +178,8 @@ def cut_quantized(
         for i, cell in enumerate(rows.cells(batch)):
             row = _with_pieces(batch.slice(i, 1), schema, cell.chunk, cell.n_chunks)
             tensor = cell.tensor
+            if cell.n_chunks > 1 and came_cut is not None:
+                came_cut.add(cell.name)
             n_rows, length = rows_and_length(tensor.shape)
             size = 4 * n_rows * length if expansion else tensor.packed.nbytes + tensor.scales.nbytes
             is_one = tensor.scheme.granularity == "tensor" and not expansion
@@ -224,23 +234,28 @@ def _list_cell(kind: pa.DataType, a: NDArray[Any]) -> pa.Array:
     return pa.Array.from_buffers(kind, 1, [None, offsets], 0, children=[items])
 
 
-def join(batches: Iterable[pa.RecordBatch], schema: pa.Schema, *, keep_chunks: bool = False) -> pa.Table:
-    """Rows of one table, in one chunk; pieces of a tensor are one row again, and the columns that counted them gone.
+def join(batches: Iterable[pa.RecordBatch], schema: pa.Schema, came_cut: Collection[str] | None = None) -> pa.Table:
+    """Rows of one table, in one chunk; pieces of a tensor are one row again. Codes and items are copied once.
 
-    With `keep_chunks` the rows stay as they are. Codes and items are copied once. Raises InputError for pieces that
-    are out of order.
+    came_cut: names of tensors whose pieces stay rows; None where there are none, and nobody asks for the columns that
+        count pieces
+
+    Raises InputError for pieces that are out of order.
     """
     table = pa.Table.from_batches(batches, schema)
-    del batches
-    is_cut = "chunk" in schema.names and not keep_chunks
-    starts = _starts(table) if is_cut else np.arange(table.num_rows)
+    is_cut = "chunk" in schema.names
+    starts = _starts(table, came_cut or ()) if is_cut else np.arange(table.num_rows)
     joined, fields = [], []
-    for i, field in enumerate(schema):
-        if is_cut and field.name in ("chunk", "n_chunks"):
-            continue
-        column = table.column(i)
-        if field.name in ("data", "quantized_data"):
-            cells: Any = _joined_bytes(column, starts)
+    for field in schema:
+        column = table.column(field.name)
+        if field.name in ("chunk", "n_chunks"):
+            if came_cut is None:
+                continue
+            names = [name in came_cut for name in table.column("layer_name").take(pa.array(starts)).to_pylist()]
+            whole = pa.scalar(int(field.name == "n_chunks"), field.type)
+            cells: Any = pc.if_else(pa.array(names, pa.bool_()), column.combine_chunks().take(pa.array(starts)), whole)
+        elif field.name in ("data", "quantized_data"):
+            cells = _joined_bytes(column, starts)
         elif field.name in ("scales", "zero_points", "weights"):
             cells = _joined_lists(column, starts)
         else:
@@ -250,18 +265,18 @@ def join(batches: Iterable[pa.RecordBatch], schema: pa.Schema, *, keep_chunks: b
     return pa.Table.from_arrays(joined, schema=pa.schema(fields, schema.metadata))
 
 
-def _starts(table: pa.Table) -> NDArray[np.int64]:
-    """The rows where a tensor begins."""
+def _starts(table: pa.Table, came_cut: Collection[str]) -> NDArray[np.int64]:
+    """The rows that will be rows: where a tensor begins, and every piece of those that came cut."""
     chunk, n_chunks = (table.column(c).to_numpy().astype(np.int64) for c in ("chunk", "n_chunks"))
     names = table.column("layer_name").to_pylist()
     starts, i = [], 0
     while i < len(names):
-        n = int(n_chunks[i])
+        n = 1 if names[i] in came_cut else int(n_chunks[i])
         part = slice(i, i + n)
-        if n < 1 or chunk[part].tolist() != list(range(n)) or set(names[part]) != {names[i]}:
+        if names[i] not in came_cut and (chunk[part].tolist() != list(range(n)) or set(names[part]) != {names[i]}):
             raise InputError(f"{names[i]}: its {n} chunks do not follow each other")
         starts.append(i)
-        i += n
+        i += max(n, 1)
     return np.array(starts, np.int64)
 
 
