@@ -10,7 +10,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from .backends import get_backend
 from .schemes import Scheme
@@ -57,8 +59,9 @@ def quantize(
     get_backend(device, threads)  # raises here, and not in a thread of the engine
     arguments = {"weights": type} | ({} if shape is None else {"shape": pa.list_(pa.int64())})
 
-    def function(context: Any, column: pa.Array, shapes: pa.Array | None = None) -> pa.Array:
-        return _quantized(column, shapes, type, scheme, device, threads)
+    def function(context: Any, *columns: Any) -> pa.Array:
+        column, *shapes = (_rows(x, context.batch_length) for x in columns)
+        return _quantized(column, shapes[0] if shapes else None, type, scheme, device, threads)
 
     name = _register(f"quantize.{scheme.id}.{device}.{threads}", function, arguments, quantized_type(scheme))
     return weights._call(name, [weights] if shape is None else [weights, shape])
@@ -92,8 +95,8 @@ def dequantize(
     kind = weights_schema(dtype).field("weights").type
     get_backend(device, threads)
 
-    def function(context: Any, column: pa.Array) -> pa.Array:
-        return _dequantized(column, dtype, kind, device, threads)
+    def function(context: Any, column: Any) -> pa.Array:
+        return _dequantized(_rows(column, context.batch_length), dtype, kind, device, threads)
 
     takes = _struct(scale_dtype)
     name = _register(f"dequantize.{dtype}.{scale_dtype}.{device}.{threads}", function, {"quantized": takes}, kind)
@@ -135,37 +138,40 @@ def _quantized(
     column: pa.Array, shapes: pa.Array | None, kind: pa.DataType, scheme: Scheme, device: str, threads: int | None
 ) -> pa.Array:
     """The function behind the expression; what comes without its marks gets them from the type that was said."""
+    there = _places(column)
     fields = [pa.field("layer_name", pa.string()), pa.field("weights", kind)]
-    valid = column.is_valid()
-    numbers = valid.indices_nonzero() if column.null_count else None
-    names = pa.array(
-        [f"row {i}" for i in (range(len(column)) if numbers is None else numbers.to_pylist())], pa.string()
-    )
-    arrays = [names, column if numbers is None else column.drop_null()]
+    arrays = [pa.array([f"row {i}" for i in there.tolist()], pa.string()), column.drop_null()]
     if shapes is not None:
         fields.append(pa.field("shape", shapes.type))
-        arrays.append(shapes if numbers is None else shapes.take(numbers))
+        arrays.append(shapes.take(pa.array(there)) if column.null_count else shapes)
     batch = pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
     rows = TableQuantizer(batch.schema, scheme, device=device, threads=threads).batch(batch)
     made = pa.StructArray.from_arrays(rows.columns[1:], fields=list(quantized_type(scheme)))
-    return made if numbers is None else _spread(made, valid)
+    return _spread(made, column)
 
 
 def _dequantized(column: pa.Array, dtype: str, kind: pa.DataType, device: str, threads: int | None) -> pa.Array:
-    valid = column.is_valid()
-    present = column.drop_null() if column.null_count else column
-    names = pa.array([f"row {i}" for i in range(len(present))], pa.string())
+    names = pa.array([f"row {i}" for i in _places(column).tolist()], pa.string())
     fields = [pa.field("layer_name", pa.string()), *column.type]
-    batch = pa.RecordBatch.from_arrays([names, *present.flatten()], schema=pa.schema(fields))
+    batch = pa.RecordBatch.from_arrays([names, *column.drop_null().flatten()], schema=pa.schema(fields))
     batches = list(dequantize_stream(batch, dtype, device=device, threads=threads))
     lists = pa.concat_arrays([b["weights"] for b in batches]) if batches else pa.array([], kind)
-    return _spread(lists, valid) if column.null_count else lists
+    return _spread(lists, column)
 
 
-def _spread(made: pa.Array, valid: pa.Array) -> pa.Array:
-    """The values in the places that are valid, and nulls between."""
-    places, at = [], 0
-    for is_there in valid.to_pylist():
-        places.append(at if is_there else None)
-        at += is_there
-    return made.take(pa.array(places, pa.int64()))
+def _rows(column: Any, length: int) -> pa.Array:
+    """What the engine hands over: a column, or one value for all rows."""
+    return pa.repeat(column, length) if isinstance(column, pa.Scalar) else column
+
+
+def _places(column: pa.Array) -> NDArray[np.intp]:
+    """Where there are values."""
+    return np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+
+
+def _spread(made: pa.Array, column: pa.Array) -> pa.Array:
+    """One value for each that `column` has, and nulls where it has nulls."""
+    if not column.null_count:
+        return made
+    is_there = column.is_valid().to_numpy(zero_copy_only=False)
+    return made.take(pa.array(np.cumsum(is_there) - 1, pa.int64(), mask=~is_there))
