@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -388,6 +389,20 @@ def test_a_plain_client_puts_by_path(server: Server, client: Client) -> None:
         assert json.loads(reader.read().to_pybytes()) == {"rows": rows.num_rows, "errors": []}
         writer.close()
     assert_same(client.get("plain"), rows)
+
+
+def put_plainly(plain: Any, descriptor: Any, rows: pa.Table, end: bytes | None = None, options: Any = None) -> str:
+    """What a DoPut that fails says."""
+    writer, reader = plain.do_put(descriptor, rows.schema, options)
+    with contextlib.suppress(fl.FlightError):
+        writer.write_table(rows)
+        if end is not None:
+            writer.write_metadata(end)
+        writer.done_writing()
+    assert reader.read() is None
+    with pytest.raises(fl.FlightServerError) as caught:
+        writer.close()
+    return str(json.loads(caught.value.extra_info)["message"])
 
 
 # --- Cutting and joining ---------------------------------------------------------------------------------------------

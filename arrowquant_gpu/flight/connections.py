@@ -18,11 +18,12 @@ def cut(port: int, peer: str | None = None) -> int:
     """
     ended = 0
     for connection in _accepted(port):
-        with connection:
-            if peer is None or _address(peer) == connection.getpeername()[:2]:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-                    ended += 1
+        with connection, contextlib.suppress(OSError):
+            host, its_port = connection.getpeername()[:2]
+            # An IPv4 client of a socket that listens for both.
+            if peer is None or _address(peer) == (host.removeprefix("::ffff:"), its_port):
+                connection.shutdown(socket.SHUT_RDWR)
+                ended += 1
     return ended
 
 

@@ -67,7 +67,7 @@ def parse(descriptor: fl.FlightDescriptor) -> Request:
         return Request(PUT, name=name_of(descriptor))
     said = members(descriptor.command, "a descriptor's command")
     action = said.pop("action", None)
-    if action not in MEMBERS:
+    if not isinstance(action, str) or action not in MEMBERS:
         raise InputError(f"action {action!r}: a descriptor asks for one of {', '.join(MEMBERS)}")
     if unknown := sorted(said.keys() - set(MEMBERS[action])):
         raise InputError(f"{action}: {', '.join(unknown)} is unknown; it takes {', '.join(MEMBERS[action])}")

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ MAX_CLIENTS, MEMORY_LIMIT, IDLE_TIMEOUT, GRACE = 8, 2 << 30, 300.0, 30.0
 # Of the memory of a client: the message that came, the one that is coming, and the answer.
 MESSAGES_AT_ONCE = 3
 MIN_MESSAGE = 1 << 20
+# Seconds without a call after which what keeps a server from closing is cut.
+QUIET = 1.0
 
 ACTIONS = {
     "health": "whether calls are taken, and how many are running",
@@ -116,7 +119,12 @@ class Server(fl.FlightServerBase):  # type: ignore[misc]
         unfinished: list[dict[str, Any]] = []
         ending.start()
         try:
-            ending.join(grace)
+            until, quiet = time.monotonic() + grace, 0.0
+            # A connection that never became a call is waited for by gRPC; one whose call has just ended is still sent
+            # its last bytes.
+            while ending.is_alive() and time.monotonic() < until and quiet < QUIET:
+                ending.join(0.05)
+                quiet = 0.0 if self._calls.list() else quiet + 0.05
         finally:
             unfinished = [call.describe() for call in self._calls.list()]
             for call in unfinished:
