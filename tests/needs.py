@@ -37,6 +37,10 @@ def _compiler() -> str | None:
     return None if shutil.which("g++") else "g++ is not installed"
 
 
+def _openssl() -> str | None:
+    return None if shutil.which("openssl") else "openssl is not installed"
+
+
 def _nvrtc() -> str | None:
     from arrowquant_gpu.backends import nvrtc
 
@@ -56,6 +60,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "gpu": _gpu,
     "compiler": _compiler,
     "nvrtc": _nvrtc,
+    "openssl": _openssl,
     "interop": _interop,
 }
 

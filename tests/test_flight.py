@@ -39,6 +39,7 @@ from arrowquant_gpu.tables import ERRORS_KEY
 from arrowquant_gpu.tables.dequantize import dequantize_table
 from arrowquant_gpu.tables.quantize import quantize_table
 from arrowquant_gpu.tables.weights import Rows
+from benchmarks import bench_flight
 
 from .test_layers import ROOT
 
@@ -518,3 +519,12 @@ def test_calls_are_counted() -> None:
     calls.close()
     with pytest.raises(BusyError, match="closing"), calls.running("peer", "three"):
         raise AssertionError("it was let in")
+
+
+def test_the_benchmark_measures_every_way() -> None:
+    bench_flight.check_bits("int4_g32")
+    found = bench_flight.measure("int4_g32", 1 << 20, 1, MESSAGE, rows=16)
+    assert found["weight_bytes"] == 1 << 20
+    for way in bench_flight.WAYS:
+        assert found[way]["gb_s"] > 0
+        assert found[way]["server_anonymous_mb"] > 0 < found[way]["client_resident_mb"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,6 @@ from .test_flight import put_plainly
 
 TOKEN = "0123456789abcdef-right"
 WEIGHTS = {"w": np.ones((4, 64), np.float32)}
-
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
 
 class Certificates(NamedTuple):
@@ -150,7 +147,7 @@ def test_this_machine_needs_neither(host: str) -> None:
 # --- TLS -------------------------------------------------------------------------------------------------------------
 
 
-@needs_openssl
+@pytest.mark.openssl
 def test_tls_and_a_token(certificates: Certificates, token_file: Path) -> None:
     access = Access.read(token_file, certificates.server, certificates.server_key)
     with Server("grpc+tls://127.0.0.1:0", access=access, device="cpu") as server:
@@ -165,7 +162,7 @@ def test_tls_and_a_token(certificates: Certificates, token_file: Path) -> None:
                 client.health()
 
 
-@needs_openssl
+@pytest.mark.openssl
 def test_clients_show_certificates_of_their_own(certificates: Certificates) -> None:
     access = Access.read(None, certificates.server, certificates.server_key, certificates.authority)
     with Server("grpc+tls://127.0.0.1:0", access=access, device="cpu") as server:
