@@ -222,9 +222,9 @@ def read_all(batch: pa.RecordBatch | pa.Table) -> Iterator[tuple[str, QuantizedT
 
 def _columns_of(schema: pa.Schema) -> dict[str, int]:
     """Where each column is, by the names of this module."""
-    version = (schema.metadata or {}).get(b"arrowquant.version", VERSION.encode())
-    if version != VERSION.encode():
-        raise InputError(f"columns of version {version.decode()}: this package reads version {VERSION}; update it")
+    version = (schema.metadata or {}).get(b"arrowquant.version", VERSION.encode()).decode(errors="replace")
+    if version != VERSION:
+        raise InputError(f"columns of version {version}: this package reads version {VERSION}; update it")
     columns = {name: i for i, name in enumerate(schema.names)}
     if len(columns) < len(schema.names):
         raise InputError(f"the table has two columns of one name: {', '.join(schema.names)}")

@@ -107,7 +107,7 @@ def _dense(a: pa.Array, field: pa.Field, *, name: str) -> NDArray[Any]:
     if isinstance(kind, pa.FixedShapeTensorType):
         items = _dense(a.storage, pa.field("storage", a.storage.type), name=name).reshape(len(a), *kind.shape)
         return items.transpose(0, *(axis + 1 for axis in _axis_order(kind, name=name)))
-    marked_as = (field.metadata or {}).get(DTYPE_KEY, b"").decode()
+    marked_as = (field.metadata or {}).get(DTYPE_KEY, b"").decode(errors="replace")
     if isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.opaque":
         marked_as, a = kind.type_name, a.storage
     if pa.types.is_floating(a.type) or pa.types.is_integer(a.type):

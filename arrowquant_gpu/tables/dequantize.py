@@ -58,7 +58,7 @@ def dequantize_table(
     Raises InputError where a row cannot be decoded, and DeviceError.
     """
     given = as_reader(table)
-    table = table if isinstance(table, pa.Table) else pa.Table.from_batches(batches_of(given), given.schema)
+    table = pa.Table.from_batches(_valid(given), given.schema)
     if dtype is None:
         found = set(table["dtype"].to_pylist()) if "dtype" in table.column_names else set()
         dtype = found.pop() if len(found) == 1 and found <= set(KERNEL_DTYPES) else "float32"
@@ -83,7 +83,7 @@ def dequantize_stream(
     schema = weights_schema(dtype, is_cut="n_chunks" in reader.schema.names)
 
     def decoded() -> Iterator[pa.RecordBatch]:
-        for batch in batches_of(reader):
+        for batch in _valid(reader):
             waiting: list[_Row] = []
             for row in _rows(batch):
                 if waiting and sum(r.size for r in [*waiting, row]) * DTYPES[dtype].bits // 8 > BATCH_BYTES:
@@ -110,11 +110,17 @@ class _Row(NamedTuple):
         return math.prod(self.tensor.shape)
 
 
+def _valid(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    """The batches of a stream, which nothing may look into before."""
+    for batch in batches_of(reader):
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as e:
+            raise InputError(f"a record batch of results is malformed: {e}") from e
+        yield batch
+
+
 def _rows(batch: pa.RecordBatch) -> Iterator[_Row]:
-    try:
-        batch.validate(full=True)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
-        raise InputError(f"a record batch of results is malformed: {e}") from e
     count, names = batch.num_rows, batch.schema.names
     chunks = batch["chunk"].to_pylist() if "chunk" in names else [0] * count
     n_chunks = batch["n_chunks"].to_pylist() if "n_chunks" in names else [1] * count

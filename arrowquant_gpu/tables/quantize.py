@@ -259,9 +259,19 @@ def batches_of(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
         n += 1
 
 
+def _check_text(schema: pa.Schema) -> None:
+    """Raise InputError for names of columns that are no text: what is damaged is found here, and not somewhere."""
+    try:
+        if not schema.names:
+            raise InputError("the table has no columns")
+    except UnicodeDecodeError as e:
+        raise InputError(f"the name of a column is no UTF-8, the schema may be damaged: {e}") from e
+
+
 def as_reader(x: Any) -> pa.RecordBatchReader:
     """Anything that holds record batches as a stream of them. Raises InputError."""
     if isinstance(x, pa.RecordBatchReader):
+        _check_text(x.schema)
         return x
     try:
         if isinstance(x, pa.RecordBatch):

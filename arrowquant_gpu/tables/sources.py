@@ -22,8 +22,8 @@ from .weights import COLUMNS, check_schema
 BATCH_BYTES = 16 << 20
 # What ends a stream: a continuation mark, and a length of zero.
 _END = b"\xff\xff\xff\xff\0\0\0\0"
-# A weight takes eight bytes at most, and four more for the levels that Parquet decodes it with.
-_WEIGHT_BYTES = 12
+# How many times the bytes of a row it takes to decode it from Parquet: values twice, and levels.
+_DECODING = 3
 
 _MAGICS = {b"ARROW1": "arrow", b"PAR1": "parquet", b"\xff\xff\xff\xff": "stream"}
 # Names of files in a directory that are read as a dataset, and the format that pyarrow calls it.
@@ -193,19 +193,34 @@ def _parquet_batches(file: Any, columns: list[str], row_groups: list[int] | None
     opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     metadata, here = opened.metadata, [c for c in columns if c in opened.schema_arrow.names]
     for i in range(metadata.num_row_groups) if row_groups is None else row_groups:
-        size = _rows_of_a_batch(metadata.row_group(i))
-        yield from opened.iter_batches(size, row_groups=[i], columns=here, use_threads=False)
+        group, n_rows = metadata.row_group(i), 0
+        size = _rows_of_a_batch(opened, i, here)
+        for batch in opened.iter_batches(size, row_groups=[i], columns=here, use_threads=False):
+            n_rows += batch.num_rows
+            yield batch
+        # Of a damaged column pyarrow may read fewer values than there are, and then ends without a word.
+        if n_rows != group.num_rows:
+            raise pa.ArrowInvalid(f"row group {i} has {group.num_rows} rows, and {n_rows} can be read")
 
 
-def _rows_of_a_batch(group: Any) -> int:
-    """So many rows of a row group that their weights, decoded, take about BATCH_BYTES."""
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    n_weights = max((c.num_values for c in chunks if c.path_in_schema.startswith("weights.")), default=0)
-    return int(max(1, BATCH_BYTES * group.num_rows // max(1, n_weights * _WEIGHT_BYTES)))
+def _rows_of_a_batch(opened: Any, i: int, columns: list[str]) -> int:
+    """So many rows of a row group that decoding them takes about BATCH_BYTES.
+
+    By what the first one takes, since a column of equal weights has next to no bytes in the file, and by the bytes of
+    all, since the others may be larger. Not by the metadata of the columns: damaged they end the process (pyarrow 26).
+    """
+    group = opened.metadata.row_group(i)
+    row_bytes = group.total_byte_size // max(1, group.num_rows)
+    for batch in opened.iter_batches(1, row_groups=[i], columns=columns, use_threads=False):
+        batch.validate(full=True)
+        row_bytes = max(row_bytes, batch.nbytes)
+        break
+    return int(max(1, BATCH_BYTES // max(1, row_bytes * _DECODING)))
 
 
 def _few_rows(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """Slices of about BATCH_BYTES."""
+    batch.validate(full=True)  # of a damaged one even the size cannot be asked for
     step = max(1, batch.num_rows * BATCH_BYTES // max(1, batch.nbytes))
     for start in range(0, batch.num_rows, step):
         yield batch.slice(start, step)

@@ -16,6 +16,8 @@ from ..errors import InputError
 from ..schemes import rows_and_length
 from . import Layer, Problem
 
+# What columns of uint32 can count.
+MAX_CHUNKS = 2**32 - 1
 COLUMNS = ("layer_name", "weights", "shape", "chunk", "n_chunks")
 
 
@@ -121,6 +123,8 @@ class Rows:
         """A row that holds some rows of a tensor, or all of them: chunk 0 of 1."""
         if chunk is None or n_chunks is None or not 0 <= chunk < n_chunks:
             raise InputError(f"{name}: chunk {chunk} of {n_chunks} is no part of a tensor")
+        if n_chunks > MAX_CHUNKS:
+            raise InputError(f"{name}: {n_chunks} chunks; a tensor has at most {MAX_CHUNKS}")
         dtype, dims = _dtype(a, name), a.shape if shape is None else _shape(shape, name)
         if name in self._seen and name not in self._open:
             raise InputError(f"{name}: chunk {chunk} comes after this tensor was complete, or refused")
@@ -166,7 +170,7 @@ class _Cells:
         items = column.values
         # What most tables are: lists of numbers without nulls. Their views need no Arrow object for each row.
         if items.null_count == 0 and (pa.types.is_floating(items.type) or pa.types.is_integer(items.type)):
-            marked_as = (kind.value_field.metadata or {}).get(DTYPE_KEY, b"").decode()
+            marked_as = (kind.value_field.metadata or {}).get(DTYPE_KEY, b"").decode(errors="replace")
             self._values = to_numpy(items, marked_as, name="column 'weights'")
             self._starts = column.offsets.to_numpy().tolist()
 
@@ -193,7 +197,7 @@ class _Field:
 def _shape(value: Any, name: str) -> tuple[int, ...]:
     """A cell of column `shape`: a list of numbers, or such a list in a list of one."""
     dims = value[0] if len(value) == 1 and isinstance(value[0], list) else value
-    if not isinstance(dims, list) or not all(isinstance(n, int) and n >= 0 for n in dims):
+    if not isinstance(dims, list) or not all(isinstance(n, int) and 0 <= n < 2**63 for n in dims):
         raise InputError(f"{name}: shape is {value}; it must be a list of sizes")
     return tuple(dims)
 
