@@ -79,6 +79,7 @@ bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers and checkpo
 	$(bench_python) benchmarks/bench_kernels.py --device cpu --out $(OUT)
 	$(bench_python) benchmarks/bench_trace.py --out $(OUT)
 	$(bench_python) benchmarks/bench_arrowquant_v2.py --out $(OUT)
+	$(bench_python) benchmarks/bench_tables.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --model mistral-7b --rounds 3 --without-peers --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --model qwen3-30b-a3b --layers 6 --rounds 3 --without-peers --out $(OUT)

@@ -25,6 +25,7 @@ from benchmarks import (
     bench_arrowquant_v2,
     bench_checkpoint,
     bench_kernels,
+    bench_tables,
     checkpoints,
     parts,
     pictures,
@@ -391,6 +392,35 @@ def test_the_benchmark_of_a_checkpoint_on_a_gpu(source: Path, tmp_path: Path, mo
     assert results["alone"].keys() == {"link from pinned memory", "read from page cache", "write"}
     assert results["stages"].keys() == {"read", "h2d", "kernel", "d2h", "write"}
     assert results["bar"]["seconds"] == max(row["seconds"] for row in results["alone"].values())
+
+
+def test_tables_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the sizes given here in processes of their own, which know only what is on the disk."""
+    monkeypatch.setattr(bench_tables, "SHAPE", (16, 256))
+    monkeypatch.setattr(bench_tables, "LAYERS", 4)
+    monkeypatch.setattr(bench_tables, "FILE_GROUPS", 2)
+    monkeypatch.setattr(os, "sync", lambda: None)
+    results = bench_tables.run(tmp_path, 5 * 4 * 16 * 256 * 4 / 1e9, "int4_g128_asym", "cpu", 1)
+    assert [row["source"] for row in results["tables"]] == list(bench_tables.SOURCES)
+    assert results["weight_bytes"] == 5 * 4 * 16 * 256 * 4
+    for row in results["tables"]:
+        assert all(row[what][key] > 0 for what in ("quantize", "copy") for key in row[what])
+    assert capsys.readouterr().out.count("quantize") == 3
+    assert len(list((tmp_path / "weights").iterdir())) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_wrong_code_in_a_table_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_tables, "SHAPE", (16, 256))
+    monkeypatch.setattr(bench_tables, "LAYERS", 4)
+    source = bench_tables.make("stream", tmp_path, 2)
+    bench_tables.quantize_file(source, tmp_path / "q.arrow", "int4_g128_asym", device="cpu")
+    bench_tables.check_bits(tmp_path / "q.arrow", "int4_g128_asym", 2)
+    monkeypatch.setattr(bench_tables.reference, "quantize", wrong(bench_tables.reference.quantize))
+    with pytest.raises(AssertionError):
+        bench_tables.check_bits(tmp_path / "q.arrow", "int4_g128_asym", 2)
 
 
 def test_make_runs_every_benchmark() -> None:
