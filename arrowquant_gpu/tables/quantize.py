@@ -83,7 +83,7 @@ class TableQuantizer:
         """
         return self._quantized(self._layers(batch), is_large=False)
 
-    def table(self, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    def table(self, batches: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
         """All rows of an input as a table of one chunk, and with `finish` behind it; problems are in its metadata.
 
         A tensor that is cut into rows is in it as a whole, or not at all. Raises InputError where there are no rows.
@@ -105,7 +105,7 @@ class TableQuantizer:
         for problem in self._rows.finish():
             self._report(problem)
 
-    def _layers(self, batch: pa.RecordBatch) -> Iterator[Layer]:
+    def _layers(self, batch: pa.RecordBatch | pa.Table) -> Iterator[Layer]:
         for layer in self._rows.layers(batch):
             if isinstance(layer, Problem):
                 self._report(layer)
@@ -206,8 +206,11 @@ def quantize_table(
 
     Raises InputError, NonFiniteError, ScaleOverflowError, SchemeError, DeviceError.
     """
-    reader = as_reader(table)
     options: dict[str, Any] = {"device": device, "threads": threads, "continue_on_error": continue_on_error}
+    if isinstance(table, pa.Table):
+        check_text(table.schema)
+        return TableQuantizer(table.schema, scheme, done=done, **options).table([table])
+    reader = as_reader(table)
     return TableQuantizer(reader.schema, scheme, done=done, **options).table(batches_of(reader))
 
 
@@ -259,7 +262,7 @@ def batches_of(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
         n += 1
 
 
-def _check_text(schema: pa.Schema) -> None:
+def check_text(schema: pa.Schema) -> None:
     """Raise InputError for names of columns that are no text: what is damaged is found here, and not somewhere."""
     try:
         if not schema.names:
@@ -271,7 +274,7 @@ def _check_text(schema: pa.Schema) -> None:
 def as_reader(x: Any) -> pa.RecordBatchReader:
     """Anything that holds record batches as a stream of them. Raises InputError."""
     if isinstance(x, pa.RecordBatchReader):
-        _check_text(x.schema)
+        check_text(x.schema)
         return x
     try:
         if isinstance(x, pa.RecordBatch):

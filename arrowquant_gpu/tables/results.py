@@ -120,6 +120,7 @@ class Results:
         if problems:
             schema = schema.with_metadata({**schema.metadata, ERRORS_KEY: problems_json(problems)})
         n = len(self._kept)
+        ids = {scheme: scheme.id for scheme in set(schemes)}
         scales = arrow_values.from_numpy(self._scales[: ends[-1, 1]])
         zeros = arrow_values.from_numpy(self._zeros[: ends[-1, 2]])
         symmetric = np.array([scheme.symmetric for scheme in schemes], np.bool_)
@@ -133,7 +134,7 @@ class Results:
             "shape": [layer.shape for layer in layers],
             "bit_width": [scheme.bits for scheme in schemes],
             "group_size": [scheme.group_size for scheme in schemes],
-            "scheme": [scheme.id for scheme in schemes],
+            "scheme": [ids[scheme] for scheme in schemes],
             "dtype": [layer.dtype for layer in layers],
         }
         if is_cut:

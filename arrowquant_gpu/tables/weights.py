@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -66,8 +68,11 @@ class Rows:
         self._seen: set[str] = set()
         self._open: dict[str, _Open] = {}
 
-    def layers(self, batch: pa.RecordBatch) -> Iterator[Layer | Problem]:
-        """The rows in order. Raises InputError where the batch as a whole cannot be read."""
+    def layers(self, batch: pa.RecordBatch | pa.Table) -> Iterator[Layer | Problem]:
+        """The rows in order. Raises InputError where the batch, or table, as a whole cannot be read.
+
+        A table costs less than its batches one by one, of which there is one for each chunk.
+        """
         self._check_schema(batch.schema)
         try:
             batch.validate(full=True)
@@ -76,13 +81,13 @@ class Rows:
         except (pa.ArrowInvalid, UnicodeDecodeError) as e:
             raise InputError(f"a record batch of weights is malformed: {e}") from e
         shapes, chunks, counts = (c or [None] * batch.num_rows for c in columns)
-        cells = _Cells(batch.column("weights"), batch.schema.field("weights"))
-        for i, name in enumerate(names):
+        cells = _cells(batch.column("weights"), batch.schema.field("weights"))
+        for i, (name, cell) in enumerate(zip(names, cells, strict=True)):
             called = f"row {i}" if name is None else name
             try:
                 if not name:
                     raise InputError(f"row {i}: layer_name is {'null' if name is None else 'empty'}")
-                a = cells.row(i, name)
+                a = cell if isinstance(cell, np.ndarray) else _nested(cell, name)
                 if self._is_cut:
                     yield self._part(name, a, shapes[i], chunks[i], counts[i])
                 else:
@@ -159,29 +164,29 @@ class _Open(NamedTuple):
     n_rows: int = 0
 
 
-class _Cells:
-    """The cells of a column of weights, each as an array whose shape is the nesting of its lists."""
-
-    def __init__(self, column: pa.Array, field: pa.Field) -> None:
-        self._column, self._field, self._starts = column, field, None
-        kind = column.type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or column.null_count or not len(column):
-            return
-        items = column.values
+def _cells(column: pa.Array | pa.ChunkedArray, field: pa.Field) -> Iterator[NDArray[Any] | _Field]:
+    """The cells of a column of weights: flat lists as arrays, what is nested or has nulls as Arrow."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    is_flat = is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+    marked_as = (kind.value_field.metadata or {}).get(DTYPE_KEY, b"").decode(errors="replace") if is_flat else ""
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        items = chunk.values if is_flat and not chunk.null_count else None
         # What most tables are: lists of numbers without nulls. Their views need no Arrow object for each row.
-        if items.null_count == 0 and (pa.types.is_floating(items.type) or pa.types.is_integer(items.type)):
-            marked_as = (kind.value_field.metadata or {}).get(DTYPE_KEY, b"").decode(errors="replace")
-            self._values = to_numpy(items, marked_as, name="column 'weights'")
-            self._starts = column.offsets.to_numpy().tolist()
+        if items is not None and not items.null_count:
+            values = to_numpy(items, marked_as, name="column 'weights'")
+            for start, stop in itertools.pairwise(chunk.offsets.to_numpy().tolist()):
+                yield values[start:stop]
+        else:
+            for i in range(len(chunk)):
+                yield _Field(chunk.slice(i, 1), field)
 
-    def row(self, i: int, name: str) -> NDArray[Any]:
-        """Cell i. Raises InputError for nulls, ragged lists, and items that are no numbers."""
-        if self._starts is not None:
-            return self._values[self._starts[i] : self._starts[i + 1]]
-        cell = self._column.slice(i, 1)
-        if cell.null_count:
-            raise InputError(f"{name}: its weights are null")
-        return dense_chunks(_Field(cell, self._field), name=name)[0][0]  # type: ignore[no-any-return]
+
+def _nested(cell: _Field, name: str) -> NDArray[Any]:
+    """A cell as an array whose shape is its nesting. Raises InputError for nulls, ragged lists, other items."""
+    if cell.is_null:
+        raise InputError(f"{name}: its weights are null")
+    return dense_chunks(cell, name=name)[0][0]  # type: ignore[no-any-return]
 
 
 class _Field:
@@ -189,6 +194,7 @@ class _Field:
 
     def __init__(self, cell: pa.Array, field: pa.Field) -> None:
         self._cell, self._field = cell, field
+        self.is_null = cell.null_count > 0
 
     def __arrow_c_array__(self, requested_schema: Any = None) -> tuple[Any, Any]:
         return self._field.__arrow_c_schema__(), self._cell.__arrow_c_array__()[1]
