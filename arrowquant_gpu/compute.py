@@ -61,7 +61,7 @@ def quantize(
 
     def function(context: Any, *columns: Any) -> pa.Array:
         column, *shapes = (_rows(x, context.batch_length) for x in columns)
-        return _quantized(column, shapes[0] if shapes else None, type, scheme, device, threads)
+        return _quantized(column, shapes[0] if shapes else None, scheme, device, threads)
 
     name = _register(f"quantize.{scheme.id}.{device}.{threads}", function, arguments, quantized_type(scheme))
     return weights._call(name, [weights] if shape is None else [weights, shape])
@@ -120,7 +120,7 @@ def _register(what: str, function: Any, arguments: dict[str, pa.DataType], resul
     """The name under which the function is in the registry."""
     import pyarrow.compute as pc
 
-    name = f"arrowquant.{what}({', '.join(_spelled(kind) for kind in arguments.values())})"
+    name = f"arrowquant.{what}({', '.join(str(kind) for kind in arguments.values())})"
     with _LOCK:
         if name not in _REGISTERED:
             about = {"summary": f"arrowquant {what}", "description": "See arrowquant_gpu.compute."}
@@ -129,17 +129,10 @@ def _register(what: str, function: Any, arguments: dict[str, pa.DataType], resul
     return name
 
 
-def _spelled(kind: pa.DataType) -> str:
-    """A type with its marks: bfloat16 bits and uint16 are spelled alike without them."""
-    return f"{kind} {pa.schema([pa.field('x', kind)]).serialize().to_pybytes().hex()}"
-
-
-def _quantized(
-    column: pa.Array, shapes: pa.Array | None, kind: pa.DataType, scheme: Scheme, device: str, threads: int | None
-) -> pa.Array:
-    """The function behind the expression; what comes without its marks gets them from the type that was said."""
+def _quantized(column: pa.Array, shapes: pa.Array | None, scheme: Scheme, device: str, threads: int | None) -> pa.Array:
+    """The function behind the expression. The column's own type says what is bfloat16, not the one it was named for."""
     there = _places(column)
-    fields = [pa.field("layer_name", pa.string()), pa.field("weights", kind)]
+    fields = [pa.field("layer_name", pa.string()), pa.field("weights", column.type)]
     arrays = [pa.array([f"row {i}" for i in there.tolist()], pa.string()), column.drop_null()]
     if shapes is not None:
         fields.append(pa.field("shape", shapes.type))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_an_expression_gives_the_rows_of_quantize_table(scheme: str, kind: str) 
 @pytest.mark.parametrize("way", [nested, fixed])
 @pytest.mark.parametrize("dtype", weight_rows.DTYPES)
 def test_nesting_and_marks_are_seen(way: Any, dtype: str) -> None:
-    """bfloat16 bits among them; the engine itself would drop their mark."""
+    """bfloat16 bits among them."""
     arrays = layers([(3, 5)] * 3, dtype)
     given = pa.Table.from_batches([batch(list(arrays), way(list(arrays.values())))])
     weight_rows.check(evaluated(given, "int8_g32"), arrays, "int8_g32")
@@ -82,6 +83,12 @@ def test_a_dataset_on_disk(tmp_path: Path) -> None:
     weight_rows.check(found, dict(sorted(arrays.items())), "int4_g32")
     only = rows(dataset.to_table(columns={"layer_name": NAMES, "q": q}, filter=NAMES == "layer.4"))
     weight_rows.check(only, {"layer.4": arrays["layer.4"]}, "int4_g32")
+
+
+def test_marks_of_a_dataset_on_disk(tmp_path: Path) -> None:
+    arrays = layers([(3, 40), (7,)], "bfloat16")
+    pq.write_table(table(arrays), tmp_path / "w.parquet")
+    weight_rows.check(evaluated(ds.dataset(tmp_path), "int8_g32", shape=pc.field("shape")), arrays, "int8_g32")
 
 
 def test_nulls_stay_nulls() -> None:
@@ -167,9 +174,16 @@ def test_what_is_refused_before_anything_runs() -> None:
         other.to_table(columns={"q": compute.quantize(WEIGHTS, type=FLAT)})
 
 
-def test_registered_once_for_all_threads() -> None:
+def test_registered_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under names of their own for each type and option, by however many threads at once."""
     barrier, found = threading.Barrier(8), []
+    register = pc.register_scalar_function
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.05)
+        register(*arguments)
+
+    monkeypatch.setattr(pc, "register_scalar_function", slowly)
     given = ds.dataset(pa.table({"weights": pa.array([[1.0, 2.0]], FLAT)}))
 
     def ask() -> None:

@@ -173,6 +173,10 @@ def test_a_tensor_in_small_rows(tmp_path: Path) -> None:
     quantize_file(tmp_path / "cut.arrow", tmp_path / "q2.arrow", SCHEME, device="cpu", max_row_bytes=1)
     assert READERS["q.arrow"](tmp_path / "q2.arrow")["chunk"].to_pylist()[:4] == [0, 1, 2, 0]
     assert again["n_chunks"].to_pylist() == [3, 3, 3, 1, 1]
+    ipc(dequantize_table(result).slice(0, 2), tmp_path / "part.arrow")
+    with pytest.raises(InputError, match=r"layer\.0: 2 of its 3 chunks"):
+        quantize_file(tmp_path / "part.arrow", tmp_path / "q3.arrow", SCHEME, device="cpu")
+    assert not (tmp_path / "q3.arrow").exists()
     with pytest.raises(InputError, match=r"layer\.0: int8_tensor has one scale"):
         quantize_file(source, tmp_path / "q3.arrow", "int8_tensor", device="cpu", max_row_bytes=100)
     with pytest.raises(InputError, match="max_row_bytes 0"):

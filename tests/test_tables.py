@@ -214,6 +214,8 @@ def test_an_error_names_layer_and_value() -> None:
     arrays["layer.1"][1, 2] = np.inf
     with pytest.raises(NonFiniteError, match=r"layer\.1: 0 NaN and 1 infinite.*flat index 7 of shape \[2, 5\]"):
         quantize_table(table(arrays), device="cpu")
+    with pytest.raises(NonFiniteError, match=r"flat index 0 of shape \[7\]"):
+        quantize_table(table({"layer.0": bad(make((7,)))}), device="cpu")
     with pytest.raises(ScaleOverflowError, match=r"layer\.0: 3 scales do not fit float16"):
         quantize_table(table({"layer.0": np.full((3, 4), 3e38, np.float32)}), "int4_channel_f16", device="cpu")
     with pytest.raises(InputError, match="the table of weights has no rows"):

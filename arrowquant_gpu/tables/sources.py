@@ -280,5 +280,4 @@ def _column(batch: pa.RecordBatch, field: pa.Field, keys: dict[str, Any]) -> pa.
         return pa.repeat(pa.scalar(keys[field.name], pa.string()), batch.num_rows).cast(field.type)
     if field.name not in batch.schema.names:
         return pa.nulls(batch.num_rows, field.type)
-    column = batch.column(field.name)
-    return column if column.type == field.type else column.cast(field.type)
+    return batch.column(field.name).cast(field.type)
