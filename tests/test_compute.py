@@ -202,6 +202,8 @@ def test_registered_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(named) == 1
     compute.quantize(WEIGHTS, "int6_g77_asym", type=pa.list_(pa.float16()))
     assert len([name for name in pc.list_functions() if "int6_g77_asym" in name]) == 2
+    compute.quantize(WEIGHTS, "int6_g77_asym", type=FLAT, device="reference", threads=1)
+    assert len([name for name in pc.list_functions() if "int6_g77_asym" in name]) == 3
 
 
 def test_importing_registers_nothing() -> None:
