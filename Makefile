@@ -74,12 +74,13 @@ soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full co
 	$(dev) -m pytest -m soak tests/test_resume.py --record $(OUT)/soak_resume.json
 	$(dev) benchmarks/sass.py --out $(OUT)
 
-bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers and checkpoints beside copies, parts and peers, and peak memory; record in OUT
+bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers, tables, Flight and checkpoints beside copies, parts and peers, and peak memory; record in OUT
 	$(bench_python) benchmarks/bench_cpu.py --out $(OUT)
 	$(bench_python) benchmarks/bench_kernels.py --device cpu --out $(OUT)
 	$(bench_python) benchmarks/bench_trace.py --out $(OUT)
 	$(bench_python) benchmarks/bench_arrowquant_v2.py --out $(OUT)
 	$(bench_python) benchmarks/bench_tables.py --out $(OUT)
+	$(bench_python) benchmarks/bench_flight.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --model mistral-7b --rounds 3 --without-peers --out $(OUT)
 	$(bench_python) benchmarks/bench_checkpoint.py --model qwen3-30b-a3b --layers 6 --rounds 3 --without-peers --out $(OUT)

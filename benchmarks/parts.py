@@ -123,7 +123,7 @@ def kernels(source: Path, target: Path, scheme: str, threads: int) -> float:
             file = job.source.mapped(load.file)
             for piece in load.pieces:
                 weights = weights_view(file[piece.offset : piece.offset + piece.n_bytes], piece)
-                backend.quantize(weights, piece.entry.scheme, *codes_in(buffers[i], piece)[0])
+                backend.quantize(weights, piece.entry.scheme, *codes_in(buffers[i], piece))
 
     return seconds(threads, work)
 

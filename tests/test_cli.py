@@ -152,8 +152,8 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
         raise ArrowQuantError("enough")
 
     monkeypatch.setattr(pipeline, "quantize_checkpoint", spy)
-    given = "--format arrow --compression zstd --device cpu,reference --threads 2 --include a --include b --ignore c --validate"
-    more = "--overwrite --resume --memory-limit 1.5GiB --read direct --timeline t.json"
+    given = "--format arrow --compression zstd --device cpu,reference --threads 2 --include a --include b --ignore c"
+    more = "--validate --overwrite --resume --memory-limit 1.5GiB --read direct --timeline t.json"
     more += " --min-accuracy 0.5 --entropy --sensitive raise --fail-fast"
     assert run("quantize", weights, tmp_path / "q", *given.split(), *more.split()).exit_code == 1
     paths = {"src": weights, "dst": tmp_path / "q", "timeline": Path("t.json")}
