@@ -24,7 +24,7 @@ Offsets are 64 bits wide, so a cell may be larger than 2 GiB.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -235,7 +235,45 @@ def _columns_of(schema: pa.Schema) -> dict[str, int]:
             columns[name] = columns.pop(other)
     if missing := [c for c in _REQUIRED if c not in columns]:
         raise InputError(f"columns {', '.join(missing)} are missing; the table has {', '.join(schema.names)}")
+    for name, (is_right, words) in _KINDS.items():
+        kind = schema.types[columns[name]] if name in columns else pa.null()
+        if not (pa.types.is_null(kind) or is_right(kind)):
+            raise InputError(f"column {schema.names[columns[name]]} is {kind}; it must be {words}")
     return columns
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    # Whole numbers with nulls between them are floats in pandas.
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in tests) and _is_number(kind.value_type)
+
+
+def _is_sizes(kind: pa.DataType) -> bool:
+    return _is_list(kind) and bool(pa.types.is_integer(kind.value_type))
+
+
+# What a column that is read must be, and how an error says it. One of type null has no values.
+_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    **dict.fromkeys(("layer_name", "dtype", "quant_type", "scheme"), (_is_text, "string")),
+    **dict.fromkeys(("bit_width", "group_size", "n_chunks"), (_is_number, "an integer")),
+    **dict.fromkeys(("scales", "zero_points"), (_is_list, "a list of numbers")),
+    "shape": (_is_sizes, "a list of integers"),
+    "data": (_is_bytes, "binary"),
+}
 
 
 def _read(cell: _Row) -> tuple[str, QuantizedTensor | NDArray[Any]]:

@@ -86,14 +86,21 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def rows_by_pyarrow(path: Path) -> list[tuple[str, np.ndarray]]:
-    """Names and tensors as pyarrow and Python lists have them, with nothing of this package."""
+    """Names and tensors as pyarrow and Python lists have them, with nothing of this package.
+
+    A column whose name was damaged is none of the three, and a file without its first bytes is a stream.
+    """
+    wanted = ("layer_name", "weights", "shape")
     if path.suffix == ".parquet":
-        found = pq.read_table(path)
+        names = pq.read_schema(path).names
+        found = pq.read_table(path, columns=[c for c in wanted if c in names])
     else:
-        found = (pa.ipc.open_stream if path.suffix == ".arrows" else pa.ipc.open_file)(path.read_bytes()).read_all()
+        data = path.read_bytes()
+        found = (pa.ipc.open_file if data.startswith(b"ARROW1") else pa.ipc.open_stream)(data).read_all()
+        found = found.select([c for c in wanted if c in found.column_names])
     found.validate(full=True)
     rows = []
-    for row in found.select([c for c in ("layer_name", "weights", "shape") if c in found.column_names]).to_pylist():
+    for row in found.to_pylist():
         inner = found.schema.field("weights").type
         while hasattr(inner, "value_type"):
             inner = inner.value_type

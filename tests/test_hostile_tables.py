@@ -20,6 +20,7 @@ from arrowquant_gpu.tables.dequantize import dequantize_table
 from arrowquant_gpu.tables.files import quantize_file
 from arrowquant_gpu.tables.quantize import quantize_table
 from arrowquant_gpu.tables.sources import open_source
+from arrowquant_gpu.tensor import QuantizedTensor
 
 from . import hostile_tables
 from .hostile_tables import SCHEME, VALID, cases, judge, samples
@@ -181,6 +182,27 @@ def test_column_names_that_are_no_text(tmp_path: Path) -> None:
 def test_sizes_that_nothing_can_hold(columns: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
         quantize_table(batch(["fc"], pa.array([[1.0]]), **columns), device="cpu")
+
+
+WRONG_COLUMNS: dict[str, pa.Array] = {
+    "dtype": pa.array([{"a": 1}]),
+    "scheme": pa.array([b"int4_g32_asym"]),
+    "shape": pa.array([[1]], pa.list_(pa.duration("s"))),
+    "bit_width": pa.array(["4"]),
+    "scales": pa.array([[True]]),
+    "zero_points": pa.array([0], pa.uint8()),
+    "quantized_data": pa.array(["text"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_COLUMNS)
+def test_results_with_a_column_of_another_type(name: str) -> None:
+    result = quantize_table(table(layers([(3, 20)])), SCHEME, device="cpu")
+    wrong = result.set_column(result.column_names.index(name), name, WRONG_COLUMNS[name])
+    with pytest.raises(InputError, match=f"column {name} is .*; it must be"):
+        dequantize_table(wrong, device="cpu")
+    with pytest.raises(InputError, match=f"column {name} is .*; it must be"):
+        QuantizedTensor.from_arrow(wrong, 0)
 
 
 def test_every_row_bad() -> None:

@@ -60,7 +60,7 @@ def dequantize_table(
     given = as_reader(table)
     table = pa.Table.from_batches(_valid(given), given.schema)
     if dtype is None:
-        found = set(table["dtype"].to_pylist()) if "dtype" in table.column_names else set()
+        found = set(map(str, table["dtype"].to_pylist())) if "dtype" in table.column_names else set()
         dtype = found.pop() if len(found) == 1 and found <= set(KERNEL_DTYPES) else "float32"
     stream = dequantize_stream(table, dtype, device=device, threads=threads)
     return pa.Table.from_batches(list(stream), stream.schema)
