@@ -19,6 +19,7 @@ A row alone is enough to decode what it holds; `QuantizedTensor.from_arrow` read
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from . import ERRORS_KEY, Layer, Problem, problems_json
 MAX_ITEMS = 2**31 - 1
 
 
+@functools.cache
 def result_schema(scale_dtype: str = "float32", *, is_cut: bool = False, is_large: bool = False) -> pa.Schema:
     """The columns, with scales of "float32", "float16" or "bfloat16"; `is_cut`: with chunk and n_chunks.
 
