@@ -6,7 +6,7 @@ blocks of a tensor that is never whole in memory; the checkpoint pipeline is bui
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 
 from . import reference, trace
 from .arrow_values import empty
-from .backends import Backend, get_backend
+from .backends import Backend, Job, get_backend
 from .dtypes import DTYPES, KERNEL_DTYPES, from_numpy
 from .errors import InputError, NonFiniteError, ScaleOverflowError
-from .interchange import as_weights
+from .interchange import Weights, as_weights
 from .reference import Findings
 from .schemes import Scheme, rows_and_length
 from .tensor import QuantizedTensor
 
 # Rows are converted or gathered in blocks of about this many bytes where a backend cannot read them in place.
 BLOCK_BYTES = 16 << 20
+# Bytes of weights that are quantized together, in tensors that are smaller.
+TOGETHER_BYTES = 64 << 20
 
 
 def quantize(
@@ -53,15 +55,89 @@ def quantize(
 
     Raises SchemeError, InputError, NonFiniteError, ScaleOverflowError, DeviceError.
     """
+    scheme, weights = Scheme.parse(scheme), as_weights(x, name=name)
+    backend = _backend_for(weights, device, threads)
+    q = _room(weights, scheme, backend)
+    quantize_blocks(
+        weights.blocks, q.scheme, q.packed, q.scales, q.zeros, backend=backend, name=name, shape=weights.shape
+    )
+    return q
+
+
+def quantize_all(
+    arrays: Mapping[str, object],
+    scheme: str | Scheme = "int4_g128",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+) -> Iterator[tuple[str, QuantizedTensor | InputError]]:
+    """`quantize` of each array, in order: its name, and its result or the error that `quantize` would raise.
+
+    What the CPU can read in place it quantizes together, as if it were one tensor, up to TOGETHER_BYTES: threads then
+    wait neither for each other nor for Python between small ones. Results come when those of their run are there.
+
+        >>> import numpy as np
+        >>> found = dict(quantize_all({"a": np.ones((2, 128)), "b": np.array([np.nan])}, device="cpu"))
+        >>> found["a"].scheme.id, type(found["b"]).__name__
+        ('int4_g128', 'NonFiniteError')
+
+    Raises SchemeError and DeviceError.
+    """
     scheme = Scheme.parse(scheme)
-    weights = as_weights(x, name=name)
-    on_device = weights.device != "cpu"
-    backend = get_backend(weights.device if on_device and device == "auto" else device, threads)
-    allocate = backend.empty if on_device else empty
+    run: list[tuple[str, Weights, QuantizedTensor, Backend]] = []
+    n_bytes = 0
+    for name, x in arrays.items():
+        try:
+            weights = as_weights(x, name=name)
+        except InputError as e:
+            yield from _run_together(run)
+            yield name, e
+            continue
+        backend = _backend_for(weights, device, threads)
+        item = name, weights, _room(weights, scheme, backend), backend
+        if len(weights.blocks) == 1 and is_direct(weights.blocks[0], scheme, backend):
+            n_bytes = n_bytes * bool(run) + weights.blocks[0].nbytes
+            run.append(item)
+            if n_bytes >= TOGETHER_BYTES:
+                yield from _run_together(run)
+        else:
+            yield from _run_together(run)
+            yield from _run_together([item])
+    yield from _run_together(run)
+
+
+def _run_together(
+    run: list[tuple[str, Weights, QuantizedTensor, Backend]],
+) -> Iterator[tuple[str, QuantizedTensor | InputError]]:
+    """Quantize a run into the arrays that are there for it, and empty it."""
+    items, found = run.copy(), list[Findings]()
+    run.clear()
+    if len(items) > 1:
+        jobs: list[Job] = [(x.blocks[0], q.scheme, q.packed, q.scales, q.zeros) for _, x, q, _ in items]
+        found = quantize_together(jobs, backend=items[0][3], name=f"{items[0][0]} and {len(items) - 1} more")
+    for i, (name, weights, q, backend) in enumerate(items):
+        error: InputError | None = None
+        try:
+            if found:
+                check(found[i], q.scheme, name=name, shape=weights.shape)
+            else:
+                parts = q.packed, q.scales, q.zeros
+                quantize_blocks(weights.blocks, q.scheme, *parts, backend=backend, name=name, shape=weights.shape)
+        except InputError as e:
+            error = e
+        yield name, error or q
+
+
+def _backend_for(weights: Weights, device: str, threads: int | None) -> Backend:
+    return get_backend(weights.device if weights.device != "cpu" and device == "auto" else device, threads)
+
+
+def _room(weights: Weights, scheme: Scheme, backend: Backend) -> QuantizedTensor:
+    """The result of these weights, where they are, with arrays that nothing has been written to."""
+    allocate = backend.empty if weights.device != "cpu" else empty
     packed = allocate(scheme.packed_shape(weights.shape), np.uint8)
     scales = allocate(scheme.scales_shape(weights.shape), DTYPES[scheme.scale_dtype].numpy)
     zeros = None if scheme.symmetric else allocate(scales.shape, np.uint8)
-    quantize_blocks(weights.blocks, scheme, packed, scales, zeros, backend=backend, name=name, shape=weights.shape)
     return QuantizedTensor(packed, scales, zeros, weights.shape, scheme, weights.dtype)
 
 
@@ -119,6 +195,20 @@ def quantize_blocks(
             findings = merge(findings, found, row * block.shape[1], row * scales.shape[1])
         row += block.shape[0]
     check(findings, scheme, name=name, shape=shape)
+
+
+def quantize_together(jobs: Sequence[Job], *, backend: Backend, name: str) -> list[Findings]:
+    """Quantize several tensors, each of which `is_direct`, as if they were one; `name` is what a profile calls them.
+
+    What is not finite is counted for each, not raised: see `check`.
+    """
+    with trace.span("kernel", name, sum(job[0].nbytes for job in jobs)):
+        return backend.quantize_all(jobs)
+
+
+def is_direct(x: Any, scheme: Scheme, backend: Backend) -> bool:
+    """Whether a host backend reads these rows in place and in one pass."""
+    return scheme.granularity != "tensor" and _computes_on_host(backend) and _is_readable(x) and x.flags.aligned
 
 
 def quantize_rows(
@@ -312,11 +402,10 @@ def _readable(x: Any, backend: Backend, name: str | None) -> Iterator[tuple[int,
     """(first row, rows) of `x` as the backend can read them: `x` itself where it can be read in place."""
     if x.shape[0] == 0 or x.shape[1] == 0:
         return
-    direct = from_numpy(x.dtype).name in KERNEL_DTYPES and x.flags.c_contiguous
     if not _is_host(x):
-        yield 0, x if direct else _device_float(x)
+        yield 0, x if _is_readable(x) else _device_float(x)
         return
-    if direct and x.flags.aligned and _computes_on_host(backend):
+    if _is_readable(x) and x.flags.aligned and _computes_on_host(backend):
         yield 0, x
         return
     dtype = x.dtype if from_numpy(x.dtype).name in KERNEL_DTYPES else np.dtype(np.float32)
@@ -328,6 +417,11 @@ def _readable(x: Any, backend: Backend, name: str | None) -> Iterator[tuple[int,
                 part = reference.to_float32(part)
             part = np.require(part, dtype, ["C", "A"])
         yield start, _put(part, backend, name)
+
+
+def _is_readable(x: Any) -> bool:
+    """Whether kernels can read this array, of any device, but for its alignment."""
+    return from_numpy(x.dtype).name in KERNEL_DTYPES and bool(x.flags.c_contiguous)
 
 
 def _device_float(x: Any) -> Any:

@@ -6,8 +6,8 @@
 A layer is [1024, 1024] float32. Paths: `list`, nested Python lists; `batch`, a dict of NumPy arrays; `arrow`, a table
 of one row and one chunk per layer over the arrays' memory. `convert` is what makes the input of the call from a dict
 of NumPy arrays, `quantize` the call, `total` both. Each is called once before the call that counts, and medians are
-given. The kernel's part is the time of the backend alone on the same weights, into arrays that are there and have been
-written; `outside_kernel` is the rest of the call. Memory is the peak of the resident memory over what it was before
+given. The kernel's part is the time of the backend alone on the same weights, as many together as the calls take, into
+arrays that are there and have been written; `outside_kernel` is the rest of the call. Memory is the peak of the resident memory over what it was before
 the call, in a process of its own; `extra_memory` is what of it is over the results themselves, in parts of the input's
 bytes; 0 where results took memory that Arrow's pool had left. Lists are measured on few layers: they take 32 bytes a
 weight. Bits are checked first.
@@ -42,6 +42,7 @@ from arrowquant_gpu import (  # noqa: E402 - the repository is not on the path o
     numpy_to_arrow_table,
     reference,
 )
+from arrowquant_gpu.ops import TOGETHER_BYTES  # noqa: E402
 from arrowquant_gpu.schemes import Scheme  # noqa: E402
 from arrowquant_gpu.tensor import QuantizedTensor  # noqa: E402
 from arrowquant_gpu.v2.results import LayerResults  # noqa: E402
@@ -133,13 +134,14 @@ def check_bits(path: str, scheme: str, device: str) -> None:
 
 
 def kernel_call(place: Cpu | Gpu, layers: Arrays, scheme: Scheme) -> Callable[[int], None]:
-    """The backend alone on all layers, into arrays that are there."""
+    """The backend alone on all layers, as many together as the paths take, into arrays that are there."""
     backend = place.backend
-    work = [(backend.put(x), outputs(backend, scheme, SHAPE)) for x in layers.values()]
+    work = [(backend.put(x), scheme, *outputs(backend, scheme, SHAPE)) for x in layers.values()]
+    n = max(1, TOGETHER_BYTES // next(iter(layers.values())).nbytes)
 
     def call(_: int) -> None:
-        for x, out in work:
-            backend.quantize(x, scheme, *out)
+        for start in range(0, len(work), n):
+            backend.quantize_all(work[start : start + n])
 
     return call
 

@@ -21,7 +21,7 @@ import pytest
 import arrowquant_gpu
 from arrowquant_gpu import reference
 from arrowquant_gpu.backends import cpu, cpu_kernels, cpu_vectors
-from arrowquant_gpu.backends.cpu import CpuBackend
+from arrowquant_gpu.backends.cpu import CpuBackend, _Task
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES
 from arrowquant_gpu.errors import DeviceError
 from arrowquant_gpu.reference import Findings
@@ -117,6 +117,31 @@ def test_concurrent_callers_share_one_backend() -> None:
         assert sorted(callers.map(call, range(8))) == list(range(8))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_several_tensors_at_once(threads: int) -> None:
+    """Large and small, empty, one long row, and between them some that are refused: each as the reference has it."""
+    group, row = Scheme.parse("int4_g128_asym"), Scheme.parse("int3_channel_bf16")
+    given = [("normal", (300, 1000), "float32", group), ("normal", (3, 40), "bfloat16", group)]
+    given += [("normal", (700, 512), "float16", group), ("normal", (0, 5), "float32", group)]
+    given += [("normal", (1, cpu.LONG_ROW + 8), "float32", row), ("normal", (5, 300), "float32", row)]
+    inputs = [make(content, shape, dtype) for content, shape, dtype, _ in given]
+    inputs[2][0, 3] = np.nan
+    jobs = []
+    for x, (_, _, _, scheme) in zip(inputs, given, strict=True):
+        scales = np.empty(scheme.scales_shape(x.shape), DTYPES[scheme.scale_dtype].numpy)
+        packed, zeros = np.empty(scheme.packed_shape(x.shape), np.uint8), np.empty(scales.shape, np.uint8)
+        jobs.append((x, scheme, packed, scales, None if scheme.symmetric else zeros))
+    found = CpuBackend(threads).quantize_all(jobs)
+    for (x, scheme, *out), findings in zip(jobs, found, strict=True):
+        *want, expected = reference.quantize(x, scheme)
+        assert findings == expected, scheme
+        if expected == Findings():
+            for got, array in zip(out, want, strict=True):
+                if array is not None:
+                    assert_bitwise_equal(got, array, scheme.id)
+    assert [findings != Findings() for findings in found] == [False, False, True, False, False, False]
+
+
 def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, x = CpuBackend(4), make("normal", BIG[0][1], "float32")
 
@@ -144,7 +169,7 @@ def test_an_interrupted_caller_leaves_no_thread_at_work() -> None:
         at_work.remove(begin)
 
     with pytest.raises(KeyboardInterrupt):
-        backend._share(1 << 24, 1, task)
+        backend._share([_Task(1 << 24, 1, task)])
     assert release.is_set()
     assert not at_work
     assert len(begun) <= 3  # one piece for each helper: no other was begun after the interrupt
@@ -155,7 +180,7 @@ def test_a_forked_child_computes_too() -> None:
         """
         import os, threading, warnings
         warnings.simplefilter("ignore")  # Python warns of any fork beside threads; this one is the point
-        from arrowquant_gpu.backends.cpu import CpuBackend
+        from arrowquant_gpu.backends.cpu import CpuBackend, _Task
         from arrowquant_gpu.schemes import Scheme
         from tests.cases import make
         from tests.test_backends import check
@@ -169,7 +194,7 @@ def test_a_forked_child_computes_too() -> None:
                 if (me := threading.get_ident()) not in seen:
                     seen.add(me)
                     both.wait(100)  # breaks if the child has no second thread
-            CpuBackend._share(backend, 1 << 19, 1, meet)
+            CpuBackend._share(backend, [_Task(1 << 19, 1, meet)])
             os._exit(42)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         """

@@ -114,6 +114,38 @@ def test_the_source_is_neither_changed_nor_kept() -> None:
     assert not np.shares_memory(x, q.packed)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("together", [1, 40_000, 1 << 30])
+def test_many_arrays_are_as_each_by_itself(device: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, the bad ones in their places, whatever is quantized together."""
+    monkeypatch.setattr(ops, "TOGETHER_BYTES", together)
+    arrays = {f"{dtype}{shape}": _data(shape, dtype) for dtype in WEIGHT_DTYPES for shape in SHAPES}
+    arrays["strided"] = _data((64, 300), "float32")[::2, ::3]
+    arrays["nan"] = np.array([[1.0, np.nan]], np.float32)
+    arrays["text"] = np.array(["a"])
+    arrays["last"] = _data((7, 300), "float32")
+    names = np.random.default_rng(together).permutation(list(arrays)).tolist()
+    found = list(ops.quantize_all({name: arrays[name] for name in names}, "int4_g32_asym", device=device))
+    assert [name for name, _ in found] == names
+    for name, q in found:
+        if name in ("nan", "text"):
+            assert type(q) is (NonFiniteError if name == "nan" else InputError)
+            assert str(q).startswith(name)
+        else:
+            assert isinstance(q, QuantizedTensor)
+            check_against_reference(q, arrays[name])
+
+
+def test_together_is_one_call_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    backend = get_backend("cpu", 2)
+    monkeypatch.setattr(backend, "quantize_all", lambda jobs: calls.append(len(jobs)) or [Findings()] * len(jobs))
+    monkeypatch.setattr(ops, "TOGETHER_BYTES", 3 * 4096)
+    arrays = {str(i): np.ones((8, 128), np.float32) for i in range(7)}
+    assert len(list(ops.quantize_all(arrays, "int4_g128", device="cpu", threads=2))) == 7
+    assert calls == [3, 3, 1]
+
+
 def test_bad_schemes_and_devices_are_refused() -> None:
     x = np.zeros((2, 8), np.float32)
     with pytest.raises(SchemeError, match="7 bits"):

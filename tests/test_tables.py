@@ -245,6 +245,25 @@ def test_problems_are_in_the_metadata() -> None:
     assert ERRORS_KEY not in quantize_table(given_.slice(0, 1), continue_on_error=True, device="cpu").schema.metadata
 
 
+@pytest.mark.parametrize("together", [1, 3000, 1 << 30])
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_layers_together_are_as_each_by_itself(together: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is quantized together, those that cannot be are left out, and the others have their own codes."""
+    rng, done = np.random.default_rng(together), []
+    arrays = {f"l{i}": rng.standard_normal((i % 5 + 1, 96)).astype(np.float32) for i in range(23)}
+    given = table(arrays)
+    want = quantize_table(given, "int4_g32_asym", device="reference")
+    monkeypatch.setattr(ops, "TOGETHER_BYTES", together)
+    assert quantize_table(given, "int4_g32_asym", device=device).equals(want)
+    for name in ("l3", "l4", "l11"):
+        arrays[name] = bad(arrays[name])
+    result = quantize_table(table(arrays), "int4_g32_asym", device=device, continue_on_error=True, done=done.append)
+    good = [name not in ("l3", "l4", "l11") for name in arrays]
+    assert result.equals(want.filter(pa.array(good)))
+    assert [p["layer"] for p in json.loads(result.schema.metadata[ERRORS_KEY])] == ["l3", "l4", "l11"]
+    assert done == list(arrays)
+
+
 def test_an_exception_of_the_caller_ends_the_work() -> None:
     seen: list[str] = []
 

@@ -359,13 +359,13 @@ def test_batch_reads_arrays_in_place(quantizer: ArrowQuantV2, monkeypatch: pytes
     from arrowquant_gpu.backends.cpu import CpuBackend
 
     addresses: list[int] = []
-    real = CpuBackend.quantize
+    real = CpuBackend.quantize_all
 
-    def noted(self: CpuBackend, x: np.ndarray, *rest: Any) -> Any:
-        addresses.append(x.ctypes.data)
-        return real(self, x, *rest)
+    def noted(self: CpuBackend, jobs: list[Any]) -> Any:
+        addresses.extend(x.ctypes.data for x, *_ in jobs)
+        return real(self, jobs)
 
-    monkeypatch.setattr(CpuBackend, "quantize", noted)
+    monkeypatch.setattr(CpuBackend, "quantize_all", noted)
     weights = layers(3)
     quantizer.quantize_batch(weights)
     quantizer.quantize_arrow(numpy_to_arrow_table(weights))

@@ -20,6 +20,10 @@ from ..schemes import Scheme
 log = logging.getLogger(__name__)
 
 
+# The arguments of `Backend.quantize`: x, scheme, packed, scales, zeros.
+Job = tuple[Any, Scheme, Any, Any, Any | None]
+
+
 class Backend(Protocol):
     """What a backend does. Arguments are checked, row-major, and allocated by the caller; nothing is checked again.
 
@@ -44,6 +48,10 @@ class Backend(Protocol):
 
     def quantize(self, x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None) -> Findings:
         """Find scales and write codes in one pass, for granularity group or channel."""
+        ...
+
+    def quantize_all(self, jobs: Sequence[Job]) -> list[Findings]:
+        """`quantize` of several tensors, the findings of each; on the CPU all threads work on all of them at once."""
         ...
 
     def value_range(self, x: Any) -> tuple[float, float, Findings]:

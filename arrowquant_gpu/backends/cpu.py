@@ -11,19 +11,20 @@ import contextlib
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import from_numpy
 from ..errors import DeviceError
 from ..reference import Findings
 from ..schemes import Scheme
-from . import cpu_kernels
+from . import Job, cpu_kernels
 from .cpu_vectors import KINDS
 
 # Say how many threads a call uses at most; the first that is set counts. The second is what Rust programs are told by,
@@ -85,14 +86,25 @@ class CpuBackend:
         scales: NDArray[Any],
         zeros: NDArray[np.uint8] | None,
     ) -> Findings:
-        rows, length = x.shape
-        if x.size == 0:
-            return Findings()
-        if scheme.granularity == "channel" and length >= LONG_ROW and rows < 4 * self.threads:
-            return self._long_rows(x, scheme, packed, scales, zeros)
-        unit = min(math.lcm(scheme.group_length(length), 8), _whole_bytes(length))
-        findings = self._codes(x, scheme, packed, scales, zeros, unit, known=False)
-        return self._find(x) if findings is None else findings
+        return self.quantize_all([(x, scheme, packed, scales, zeros)])[0]
+
+    def quantize_all(self, jobs: Sequence[Job]) -> list[Findings]:
+        """`quantize` of several tensors, by arguments, shared among the threads as if they were one: see `Backend`."""
+        findings: dict[int, Findings] = {}
+        tasks: dict[int, _Task] = {}
+        for i, (x, scheme, packed, scales, zeros) in enumerate(jobs):
+            rows, length = x.shape
+            if x.size == 0:
+                findings[i] = Findings()
+            elif scheme.granularity == "channel" and length >= LONG_ROW and rows < 4 * self.threads:
+                findings[i] = self._long_rows(x, scheme, packed, scales, zeros)
+            else:
+                unit = min(math.lcm(scheme.group_length(length), 8), _whole_bytes(length))
+                tasks[i] = _coding(x, scheme, packed, scales, zeros, unit, known=False)
+        for i, results in zip(tasks, self._share(list(tasks.values())), strict=True):
+            found = _overflows(results)
+            findings[i] = self._find(jobs[i][0]) if found is None else found
+        return [findings[i] for i in range(len(jobs))]
 
     def value_range(self, x: NDArray[Any]) -> tuple[float, float, Findings]:
         if x.size == 0:
@@ -112,7 +124,7 @@ class CpuBackend:
     ) -> None:
         if x.size:
             unit = min(cpu_kernels.TILE, _whole_bytes(x.shape[1]))
-            self._codes(x, scheme, packed, scales, zeros, unit, known=True)
+            self._share([_coding(x, scheme, packed, scales, zeros, unit, known=True)])
 
     def dequantize(
         self,
@@ -131,32 +143,7 @@ class CpuBackend:
             *(length, scheme.group_length(length), _row_scales(scheme, scales), scheme.bits, int(scheme.symmetric)),
             *(KINDS[out.dtype.name], KINDS[scheme.scale_dtype], unit),
         )
-        self._share(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))
-
-    def _codes(
-        self,
-        x: NDArray[Any],
-        scheme: Scheme,
-        packed: NDArray[np.uint8],
-        scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
-        unit: int,
-        *,
-        known: bool,
-    ) -> Findings | None:
-        """Run the quantize kernel. Returns the overflows, or None if `x` is not finite."""
-        rows, length = x.shape
-        kernel = cpu_kernels.quantize()
-        arguments = (
-            *(_address(x), _address(packed), _address(scales), _address(zeros)),
-            *(length, scheme.group_length(length), _row_scales(scheme, scales), scheme.bits, int(scheme.symmetric)),
-            *(KINDS[x.dtype.name], KINDS[scheme.scale_dtype], int(known), unit),
-        )
-        results = self._share(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))
-        if not all(finite for finite, _, _ in results):
-            return None
-        first = min((first for _, n, first in results if n), default=-1)
-        return Findings(n_overflow=sum(n for _, n, _ in results), first_overflow=first)
+        self._share([_Task(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))])
 
     def _long_rows(
         self,
@@ -169,7 +156,7 @@ class CpuBackend:
         """`quantize` for few long rows of one scale each: all threads work on each row, first on its range."""
         bounds = np.array([self._extremes(row) for row in x])  # a row's scale is that of its two extremes
         unused = np.empty(scheme.packed_shape(bounds.shape), np.uint8)
-        findings = self._codes(bounds, scheme, unused, scales, zeros, 8, known=False)
+        findings = _overflows(self._share([_coding(bounds, scheme, unused, scales, zeros, 8, known=False)])[0])
         if findings is None:
             return self._find(x)
         self.encode(x, scheme, scales, zeros, packed)
@@ -178,34 +165,38 @@ class CpuBackend:
     def _extremes(self, x: NDArray[Any]) -> NDArray[np.float32]:
         """min(0, lowest) and max(0, highest) of all of `x`; one of them is not finite where `x` is not."""
         kernel, address, kind = cpu_kernels.value_range(), _address(x), KINDS[x.dtype.name]
-        bounds = self._share(x.size, 1, lambda begin, end: kernel(address, kind, begin, end))
+        [bounds] = self._share([_Task(x.size, 1, lambda begin, end: kernel(address, kind, begin, end))])
         low, high = (max(ends) for ends in zip(*bounds, strict=True))
         return np.array([0 if low == cpu_kernels.SIGN else low, high], np.uint32).view(np.float32)
 
     def _find(self, x: NDArray[Any]) -> Findings:
         """Count what is not finite: a second pass, over weights that are going to be refused."""
         kernel, address, kind = cpu_kernels.find(), _address(x), KINDS[x.dtype.name]
-        found = self._share(x.size, 1, lambda begin, end: kernel(address, kind, begin, end))
+        [found] = self._share([_Task(x.size, 1, lambda begin, end: kernel(address, kind, begin, end))])
         first = min((first for _, _, first in found if first >= 0), default=-1)
         return Findings(sum(n for n, _, _ in found), sum(n for _, n, _ in found), first)
 
-    def _share(self, n_units: int, unit: int, task: Callable[[int, int], Any]) -> list[Any]:
-        """The results, in any order, of `task(begin, end)` over pieces of so many units of `unit` weights."""
-        n_weights = n_units * unit
+    def _share(self, tasks: Sequence[_Task]) -> list[list[Any]]:
+        """For each task its results over pieces of its units, in any order."""
+        n_units, n_weights = sum(t.n_units for t in tasks), sum(t.n_units * t.unit for t in tasks)
         helpers = min(self.threads, n_units, n_weights // SHARE) - 1
+        results: list[list[Any]] = [[] for _ in tasks]
         if helpers < 1:
-            return [task(0, n_units)]
-        n_pieces = min(n_units, n_weights // PIECE, PIECES * (helpers + 1))
-        pieces = deque(pairwise(n_units * i // n_pieces for i in range(n_pieces + 1)))
-        results: list[Any] = []
+            for task, found in zip(tasks, results, strict=True):
+                found.append(task.run(0, task.n_units))
+            return results
+        pieces: deque[tuple[int, int, int]] = deque()
+        for i, task in enumerate(tasks):
+            n = max(1, min(task.n_units, task.n_units * task.unit // PIECE, PIECES * (helpers + 1)))
+            pieces.extend((i, *ends) for ends in pairwise(task.n_units * k // n for k in range(n + 1)))
 
         def work() -> None:
             while pieces:
                 try:
-                    begin, end = pieces.popleft()
+                    i, begin, end = pieces.popleft()
                 except IndexError:  # another thread was faster
                     return
-                results.append(task(begin, end))
+                results[i].append(tasks[i].run(begin, end))
 
         futures: list[Future[None]] = []
         try:
@@ -223,6 +214,43 @@ class CpuBackend:
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = os.getpid(), ThreadPoolExecutor(self.threads - 1, "arrowquant")
         return self._pool[1]
+
+
+class _Task(NamedTuple):
+    """Work on so many units of `unit` weights: run(begin, end) does those from begin up to end."""
+
+    n_units: int
+    unit: int
+    run: Callable[[int, int], Any]
+
+
+def _coding(
+    x: NDArray[Any],
+    scheme: Scheme,
+    packed: NDArray[np.uint8],
+    scales: NDArray[Any],
+    zeros: NDArray[np.uint8] | None,
+    unit: int,
+    *,
+    known: bool,
+) -> _Task:
+    """The quantize kernel on a tensor."""
+    rows, length = x.shape
+    kernel = cpu_kernels.quantize()
+    arguments = (
+        *(_address(x), _address(packed), _address(scales), _address(zeros)),
+        *(length, scheme.group_length(length), _row_scales(scheme, scales), scheme.bits, int(scheme.symmetric)),
+        *(KINDS[from_numpy(x.dtype).name], KINDS[scheme.scale_dtype], int(known), unit),
+    )
+    return _Task(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))
+
+
+def _overflows(results: Sequence[tuple[bool, int, int]]) -> Findings | None:
+    """What the quantize kernel says of the pieces of a tensor, or None if one of them is not finite."""
+    if not all(finite for finite, _, _ in results):
+        return None
+    first = min((first for _, n, first in results if n), default=-1)
+    return Findings(n_overflow=sum(n for _, n, _ in results), first_overflow=first)
 
 
 def _default_threads() -> int:

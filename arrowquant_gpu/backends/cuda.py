@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cupy
@@ -20,8 +20,8 @@ from ..dtypes import from_numpy
 from ..errors import DeviceError, DeviceMemoryError
 from ..reference import Findings
 from ..schemes import Scheme
+from . import Job, nvrtc, variants
 from . import counters as counted
-from . import nvrtc, variants
 from .counters import COUNTERS
 from .variants import Variant
 
@@ -138,6 +138,9 @@ class CudaBackend:
             counters = self._new_counters(stream)
             self.launch_quantize(x, scheme, packed, scales, zeros, counters)
             return counted.findings(_read(counters, stream))
+
+    def quantize_all(self, jobs: Sequence[Job]) -> list[Findings]:
+        return [self.quantize(*job) for job in jobs]
 
     def value_range(self, x: Any) -> tuple[float, float, Findings]:
         with current(self._index) as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from .. import reference
 from ..dtypes import from_numpy
 from ..reference import Findings
 from ..schemes import Scheme
+from . import Job
 
 
 class ReferenceBackend:
@@ -39,6 +41,9 @@ class ReferenceBackend:
         if zeros is not None and zero_points is not None:  # both or neither
             zeros[...] = zero_points
         return findings
+
+    def quantize_all(self, jobs: Sequence[Job]) -> list[Findings]:
+        return [self.quantize(*job) for job in jobs]
 
     def value_range(self, x: NDArray[Any]) -> tuple[float, float, Findings]:
         values = reference.to_float32(x)

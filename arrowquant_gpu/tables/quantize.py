@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from .. import ops
-from ..backends import Backend, get_backend
+from ..backends import Backend, Job, get_backend
 from ..errors import ArrowQuantError, InputError, SchemeError
+from ..reference import Findings
 from ..schemes import SCALE_SUFFIXES, Scheme
 from . import Layer, Problem
 from .results import Results, result_schema
@@ -20,6 +21,9 @@ from .weights import Rows
 Choice = Scheme | Callable[[Layer], Scheme]
 # Called after every layer with its name; an exception from it ends the work.
 Done = Callable[[str], None]
+
+
+NOTHING = Findings()
 
 
 class TableQuantizer:
@@ -157,7 +161,48 @@ class TableQuantizer:
     def _quantized(self, layers: Iterable[Layer], is_large: bool | None) -> pa.RecordBatch:
         chosen = [part for layer, scheme in self._chosen(layers) for part in self._parts(layer, scheme)]
         results = Results([layer for layer, _ in chosen], [scheme for _, scheme in chosen], self._scale_dtype)
+        for run in self._runs(chosen):
+            if len(run) == 1 or not self._together(run, chosen, results):
+                self._in_turn(run, chosen, results)
+        # A stream's schema, and with it its metadata, was sent before: only a table has its problems in it.
+        problems = self.problems if is_large is None else ()
+        return results.batch(is_cut=self._is_cut, problems=problems, is_large=is_large)
+
+    def _runs(self, chosen: Sequence[tuple[Layer, Scheme]]) -> Iterator[range]:
+        """All layers in order: those that can be read in place as many together as ops.TOGETHER_BYTES, others alone."""
+        start = n_bytes = 0
         for i, (layer, scheme) in enumerate(chosen):
+            if ops.is_direct(layer.weights, scheme, self._backend) and layer.name not in self._broken:
+                n_bytes += layer.weights.nbytes
+                if n_bytes < ops.TOGETHER_BYTES:
+                    continue
+            elif start < i:
+                yield range(start, i)
+                start = i
+            yield range(start, i + 1)
+            start, n_bytes = i + 1, 0
+        if start < len(chosen):
+            yield range(start, len(chosen))
+
+    def _together(self, run: range, chosen: Sequence[tuple[Layer, Scheme]], results: Results) -> bool:
+        """Quantize layers as if they were one. False, and nothing is kept, where one of them cannot be quantized."""
+        jobs: list[Job] = []
+        for i in run:
+            layer, scheme = chosen[i]
+            jobs.append((layer.weights, scheme, *results.room(i)))
+            results.keep(i)
+        first = chosen[run[0]][0].name
+        found = ops.quantize_together(jobs, backend=self._backend, name=f"{first} and {len(run) - 1} more")
+        if any(findings != NOTHING for findings in found):
+            results.forget(len(run))
+            return False
+        for i in run:
+            self._is_done(chosen[i][0])
+        return True
+
+    def _in_turn(self, run: range, chosen: Sequence[tuple[Layer, Scheme]], results: Results) -> None:
+        for i in run:
+            layer, scheme = chosen[i]
             if layer.name in self._broken:
                 continue
             try:
@@ -166,11 +211,11 @@ class TableQuantizer:
                 self._fail(layer, e)
             else:
                 results.keep(i)
-            if self._done is not None:
-                self._done(layer.name)
-        # A stream's schema, and with it its metadata, was sent before: only a table has its problems in it.
-        problems = self.problems if is_large is None else ()
-        return results.batch(is_cut=self._is_cut, problems=problems, is_large=is_large)
+            self._is_done(layer)
+
+    def _is_done(self, layer: Layer) -> None:
+        if self._done is not None:
+            self._done(layer.name)
 
 
 def quantize_layer(layer: Layer, scheme: Scheme, packed: Any, scales: Any, zeros: Any, *, backend: Backend) -> None:

@@ -102,6 +102,10 @@ class Results:
         self._ends.append((data + n.data, scales + n.scales, zeros + n.zeros))
         self._kept.append(i)
 
+    def forget(self, n: int) -> None:
+        """The last n that were kept are not, and their room is free again."""
+        del self._kept[-n:], self._ends[-n:]
+
     def batch(
         self, *, is_cut: bool = False, problems: Sequence[Problem] = (), is_large: bool | None = None
     ) -> pa.RecordBatch:

@@ -23,16 +23,16 @@ def quantize_in_turn(
     continue_on_error: bool = False,
     progress_callback: Callable[[str, float], Any] | None = None,
 ) -> LayerResults:
-    """Layer after layer, each by all threads. See `ArrowQuantV2.quantize_batch_with_progress`."""
+    """In the order of the dict. See `ArrowQuantV2.quantize_batch_with_progress`."""
     check_names(weights)
     results = LayerResults()
-    for i, (name, x) in enumerate(weights.items(), 1):
-        try:
-            results[name] = layer_result(ops.quantize(x, scheme, device=device, threads=threads, name=name))
-        except InputError as e:
+    for i, (name, found) in enumerate(ops.quantize_all(weights, scheme, device=device, threads=threads), 1):
+        if isinstance(found, InputError):
             if not continue_on_error:
-                raise
-            results.errors[name] = e
+                raise found
+            results.errors[name] = found
+        else:
+            results[name] = layer_result(found)
         if progress_callback is not None:
             progress_callback(name, i / len(weights))
     return results
