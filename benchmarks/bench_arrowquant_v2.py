@@ -6,11 +6,12 @@
 A layer is [1024, 1024] float32. Paths: `list`, nested Python lists; `batch`, a dict of NumPy arrays; `arrow`, a table
 of one row and one chunk per layer over the arrays' memory. `convert` is what makes the input of the call from a dict
 of NumPy arrays, `quantize` the call, `total` both. Each is called once before the call that counts, and medians are
-given. The kernel's part is the time of the backend alone on the same weights, as many together as the calls take, into
-arrays that are there and have been written; `outside_kernel` is the rest of the call. Memory is the peak of the resident memory over what it was before
-the call, in a process of its own; `extra_memory` is what of it is over the results themselves, in parts of the input's
-bytes; 0 where results took memory that Arrow's pool had left. Lists are measured on few layers: they take 32 bytes a
-weight. Bits are checked first.
+given. `kernel` is the backend alone on the same weights, as many together as the calls take, into arrays that are there
+and have been written; `outside_kernel` is the share of the call that is in none of its own ranges of category kernel
+(docs/profiling.md). Memory is the peak of the
+resident memory over what it was before the call, in a process of its own; `extra_memory` is what of it is over the
+results themselves, in parts of the input's bytes; 0 where results took memory that Arrow's pool had left. Lists are
+measured on few layers: they take 32 bytes a weight. Bits are checked first.
 
 Loading: a float32 model of N parameters in one sparse file, in tensors of [4096, 4096]. `open_ms` is SafeTensorsLoader
 and its summary; `read_ms` copies every tensor once, from the page cache; not of a model that is larger than READ_BYTES.
@@ -45,6 +46,7 @@ from arrowquant_gpu import (  # noqa: E402 - the repository is not on the path o
 from arrowquant_gpu.ops import TOGETHER_BYTES  # noqa: E402
 from arrowquant_gpu.schemes import Scheme  # noqa: E402
 from arrowquant_gpu.tensor import QuantizedTensor  # noqa: E402
+from arrowquant_gpu.trace import timeline  # noqa: E402
 from arrowquant_gpu.v2.results import LayerResults  # noqa: E402
 from benchmarks import pictures  # noqa: E402
 from benchmarks.bench_cpu import rounded  # noqa: E402
@@ -147,26 +149,34 @@ def kernel_call(place: Cpu | Gpu, layers: Arrays, scheme: Scheme) -> Callable[[i
 
 
 class Seconds(NamedTuple):
+    """kernel: of the backend alone; in_kernel: the share of `quantize` in which the call's own ranges are kernels."""
+
     kernel: float
     convert: float
     quantize: float
     total: float
+    in_kernel: float
 
 
 def seconds(place: Cpu | Gpu, path: str, layers: Arrays, scheme: str, device: str, rounds: int) -> Seconds:
     """Medians of rounds in which the kernels alone and the path take turns."""
     way, kernels = PATHS[path], kernel_call(place, layers, Scheme.parse(scheme))
     quantizer, found = ArrowQuantV2(scheme=scheme, device=device), []
+    folder = tempfile.TemporaryDirectory()
+    trace = Path(folder.name, "trace.json")
     for i in range(rounds + 1):  # the first round does not count
         alone = place.seconds(kernels, i)
         way.call(quantizer, way.convert(layers))  # a virtual core that slept takes milliseconds to come back
-        start = time.perf_counter()
-        given = way.convert(layers)
-        converted = time.perf_counter()
-        result = way.call(quantizer, given)
-        end = time.perf_counter()
-        found.append(Seconds(alone, converted - start, end - converted, end - start))
+        with timeline(trace) as recorded:
+            start = time.perf_counter()
+            given = way.convert(layers)
+            converted = time.perf_counter()
+            result = way.call(quantizer, given)
+            end = time.perf_counter()
+        in_kernel = recorded.summary()["categories"]["kernel"]["seconds"]
+        found.append(Seconds(alone, converted - start, end - converted, end - start, in_kernel / (end - converted)))
         del result, given
+    folder.cleanup()
     return Seconds(*(statistics.median(values) for values in zip(*found[1:], strict=True)))
 
 
@@ -255,7 +265,7 @@ def run(scheme: str, device: str, rounds: int) -> dict[str, Any]:
             row |= {"convert_median_ms": found.convert * 1e3, "quantize_median_ms": found.quantize * 1e3}
             row |= {"total_median_ms": found.total * 1e3, "per_layer_ms": found.total * 1e3 / n}
             row |= {"kernel_median_ms": found.kernel * 1e3, "kernel_per_layer_ms": found.kernel * 1e3 / n}
-            row |= {"outside_kernel": max(0.0, 1 - found.kernel / found.quantize), "gb_s": n_bytes / found.total / 1e9}
+            row |= {"outside_kernel": 1 - found.in_kernel, "gb_s": n_bytes / found.total / 1e9}
             row |= {"output_mb": results / MB, "peak_mb": peak / MB, "extra_memory": max(0, peak - results) / n_bytes}
             rows.append(row)
             print(

@@ -20,6 +20,7 @@ A row alone is enough to decode what it holds; `QuantizedTensor.from_arrow` read
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -79,7 +80,9 @@ class Results:
 
     def __init__(self, layers: Sequence[Layer], schemes: Sequence[Scheme], scale_dtype: str) -> None:
         self._layers, self._schemes, self._scale_dtype = layers, schemes, scale_dtype
-        self._sizes = [_Sizes.of(x.weights.shape, scheme) for x, scheme in zip(layers, schemes, strict=True)]
+        keys = zip((layer.weights.shape for layer in layers), schemes, strict=True)
+        # Layers that follow each other are often alike.
+        self._sizes = [n for key, alike in itertools.groupby(keys) for n in [_Sizes.of(*key)] for _ in alike]
         self._data = arrow_values.empty(sum(n.data for n in self._sizes), np.uint8)
         self._scales = arrow_values.empty(sum(n.scales for n in self._sizes), DTYPES[scale_dtype].numpy)
         self._zeros = arrow_values.empty(sum(n.zeros for n in self._sizes), np.uint8)
@@ -113,7 +116,7 @@ class Results:
 
         Raises InputError where they have more scales than lists with offsets of 32 bits can hold, and `is_large` is no.
         """
-        ends = np.array(self._ends, np.int64)
+        ends = np.fromiter(itertools.chain.from_iterable(self._ends), np.int64).reshape(-1, 3)
         layers, schemes = [self._layers[i] for i in self._kept], [self._schemes[i] for i in self._kept]
         if is_large is None:
             is_large = int(ends[-1, 1]) > MAX_ITEMS
@@ -127,16 +130,14 @@ class Results:
             schema = schema.with_metadata({**schema.metadata, ERRORS_KEY: problems_json(problems)})
         n = len(self._kept)
         ids = {scheme: scheme.id for scheme in set(schemes)}
-        scales = arrow_values.from_numpy(self._scales[: ends[-1, 1]])
-        zeros = arrow_values.from_numpy(self._zeros[: ends[-1, 2]])
         symmetric = np.array([scheme.symmetric for scheme in schemes], np.bool_)
         columns = {
             "layer_name": [layer.name for layer in layers],
             "quantized_data": pa.Array.from_buffers(
                 pa.large_binary(), n, [None, pa.py_buffer(ends[:, 0].copy()), arrow_values.buffer(self._data)], 0
             ),
-            "scales": _lists(schema.field("scales").type, ends[:, 1], scales),
-            "zero_points": _lists(schema.field("zero_points").type, ends[:, 2], zeros, nulls=symmetric),
+            "scales": _lists(schema.field("scales").type, ends[:, 1], self._scales),
+            "zero_points": _lists(schema.field("zero_points").type, ends[:, 2], self._zeros, nulls=symmetric),
             "shape": [layer.shape for layer in layers],
             "bit_width": [scheme.bits for scheme in schemes],
             "group_size": [scheme.group_size for scheme in schemes],
@@ -167,11 +168,12 @@ class _Sizes(NamedTuple):
 
 
 def _lists(
-    kind: pa.DataType, ends: NDArray[np.int64], items: pa.Array, nulls: NDArray[np.bool_] | None = None
+    kind: pa.DataType, ends: NDArray[np.int64], items: NDArray[Any], nulls: NDArray[np.bool_] | None = None
 ) -> pa.Array:
-    """A list column over `items`, row i of which ends at ends[i + 1]."""
+    """A list column over the memory of `items`, row i of which ends at ends[i + 1]."""
     offsets = pa.py_buffer(ends.astype(np.int64 if pa.types.is_large_list(kind) else np.int32))
+    children = [pa.Array.from_buffers(kind.value_type, int(ends[-1]), [None, arrow_values.buffer(items)], 0)]
     if nulls is None or not nulls.any():
-        return pa.Array.from_buffers(kind, len(ends) - 1, [None, offsets], 0, children=[items])
+        return pa.Array.from_buffers(kind, len(ends) - 1, [None, offsets], 0, children=children)
     valid = pa.py_buffer(np.packbits(~nulls, bitorder="little"))
-    return pa.Array.from_buffers(kind, len(ends) - 1, [valid, offsets], int(nulls.sum()), children=[items])
+    return pa.Array.from_buffers(kind, len(ends) - 1, [valid, offsets], int(nulls.sum()), children=children)

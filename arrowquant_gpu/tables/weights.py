@@ -174,7 +174,7 @@ def _cells(column: pa.Array | pa.ChunkedArray, field: pa.Field) -> Iterator[NDAr
         items = chunk.values if is_flat and not chunk.null_count else None
         # What most tables are: lists of numbers without nulls. Their views need no Arrow object for each row.
         if items is not None and not items.null_count:
-            values = to_numpy(items, marked_as, name="column 'weights'")
+            values = to_numpy(items, marked_as, name="column 'weights'") if marked_as else items.to_numpy()
             for start, stop in itertools.pairwise(chunk.offsets.to_numpy().tolist()):
                 yield values[start:stop]
         else:
