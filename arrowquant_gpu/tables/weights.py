@@ -171,12 +171,17 @@ def _cells(column: pa.Array | pa.ChunkedArray, field: pa.Field) -> Iterator[NDAr
     is_flat = is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
     marked_as = (kind.value_field.metadata or {}).get(DTYPE_KEY, b"").decode(errors="replace") if is_flat else ""
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        items = chunk.values if is_flat and not chunk.null_count else None
+        is_whole = is_flat and not chunk.null_count
+        # A chunk for each row is what tables over arrays have.
+        items = None if not is_whole else chunk[0].values if len(chunk) == 1 else chunk.values
         # What most tables are: lists of numbers without nulls. Their views need no Arrow object for each row.
         if items is not None and not items.null_count:
             values = to_numpy(items, marked_as, name="column 'weights'") if marked_as else items.to_numpy()
-            for start, stop in itertools.pairwise(chunk.offsets.to_numpy().tolist()):
-                yield values[start:stop]
+            if len(chunk) == 1:
+                yield values
+            else:
+                for start, stop in itertools.pairwise(chunk.offsets.to_numpy().tolist()):
+                    yield values[start:stop]
         else:
             for i in range(len(chunk)):
                 yield _Field(chunk.slice(i, 1), field)
