@@ -7,11 +7,10 @@ A layer is [1024, 1024] float32. Paths: `list`, nested Python lists; `batch`, a 
 of one row and one chunk per layer over the arrays' memory. `convert` is what makes the input of the call from a dict
 of NumPy arrays, `quantize` the call, `total` both. Each is called once before the call that counts, and medians are
 given. `kernel` is the backend alone on the same weights, as many together as the calls take, into arrays that are there
-and have been written; `outside_kernel` is the share of the call that is in none of its own ranges of category kernel
-(docs/profiling.md). Memory is the peak of the
-resident memory over what it was before the call, in a process of its own; `extra_memory` is what of it is over the
-results themselves, in parts of the input's bytes; 0 where results took memory that Arrow's pool had left. Lists are
-measured on few layers: they take 32 bytes a weight. Bits are checked first.
+and have been written; `outside_kernel` is the share of the call that is in none of its ranges of category kernel
+(docs/profiling.md). Memory is the peak of the resident memory over what it was before the call, in a process of its
+own; `extra_memory` is what of it is over the results themselves, in parts of the input's bytes; 0 where results took
+memory that Arrow's pool had left. Lists are measured on few layers: they take 32 bytes a weight.
 
 Loading: a float32 model of N parameters in one sparse file, in tensors of [4096, 4096]. `open_ms` is SafeTensorsLoader
 and its summary; `read_ms` copies every tensor once, from the page cache; not of a model that is larger than READ_BYTES.
@@ -149,7 +148,7 @@ def kernel_call(place: Cpu | Gpu, layers: Arrays, scheme: Scheme) -> Callable[[i
 
 
 class Seconds(NamedTuple):
-    """kernel: of the backend alone; in_kernel: the share of `quantize` in which the call's own ranges are kernels."""
+    """kernel: of the backend alone; in_kernel: the share of `quantize` that is in ranges of category kernel."""
 
     kernel: float
     convert: float
@@ -162,21 +161,19 @@ def seconds(place: Cpu | Gpu, path: str, layers: Arrays, scheme: str, device: st
     """Medians of rounds in which the kernels alone and the path take turns."""
     way, kernels = PATHS[path], kernel_call(place, layers, Scheme.parse(scheme))
     quantizer, found = ArrowQuantV2(scheme=scheme, device=device), []
-    folder = tempfile.TemporaryDirectory()
-    trace = Path(folder.name, "trace.json")
-    for i in range(rounds + 1):  # the first round does not count
-        alone = place.seconds(kernels, i)
-        way.call(quantizer, way.convert(layers))  # a virtual core that slept takes milliseconds to come back
-        with timeline(trace) as recorded:
+    with tempfile.TemporaryDirectory() as folder, timeline(Path(folder, "trace.json")) as recorded:
+        for i in range(rounds + 1):  # the first round does not count
+            alone = place.seconds(kernels, i)
+            way.call(quantizer, way.convert(layers))  # a virtual core that slept takes milliseconds to come back
+            before = recorded.summary()["categories"]["kernel"]["seconds"]
             start = time.perf_counter()
             given = way.convert(layers)
             converted = time.perf_counter()
             result = way.call(quantizer, given)
             end = time.perf_counter()
-        in_kernel = recorded.summary()["categories"]["kernel"]["seconds"]
-        found.append(Seconds(alone, converted - start, end - converted, end - start, in_kernel / (end - converted)))
-        del result, given
-    folder.cleanup()
+            in_kernel = recorded.summary()["categories"]["kernel"]["seconds"] - before
+            found.append(Seconds(alone, converted - start, end - converted, end - start, in_kernel / (end - converted)))
+            del result, given
     return Seconds(*(statistics.median(values) for values in zip(*found[1:], strict=True)))
 
 

@@ -85,7 +85,7 @@ class TableQuantizer:
 
         Raises InputError, NonFiniteError, ScaleOverflowError (these unless continue_on_error), and DeviceError.
         """
-        return self._quantized(self._layers(batch), is_large=False)
+        return self._quantized(self._layers(batch), is_stream=True)
 
     def table(self, batches: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
         """All rows of an input as a table of one chunk, and with `finish` behind it; problems are in its metadata.
@@ -96,7 +96,7 @@ class TableQuantizer:
         self.finish()
         if not layers and not self.problems:
             raise InputError("the table of weights has no rows")
-        rows = self._quantized(layers, is_large=None)
+        rows = self._quantized(layers, is_stream=False)
         if self._is_cut and self.problems:
             names, n_chunks = rows["layer_name"].to_pylist(), rows["n_chunks"].to_pylist()
             n_found = Counter(names)
@@ -158,15 +158,15 @@ class TableQuantizer:
             self._broken.add(layer.name)
         self._report(Problem(layer.name, error))
 
-    def _quantized(self, layers: Iterable[Layer], is_large: bool | None) -> pa.RecordBatch:
+    def _quantized(self, layers: Iterable[Layer], *, is_stream: bool) -> pa.RecordBatch:
         chosen = [part for layer, scheme in self._chosen(layers) for part in self._parts(layer, scheme)]
-        results = Results([layer for layer, _ in chosen], [scheme for _, scheme in chosen], self._scale_dtype)
+        layers, schemes = [layer for layer, _ in chosen], [scheme for _, scheme in chosen]
+        results = Results(layers, schemes, self._scale_dtype, is_cut=self._is_cut, is_stream=is_stream)
         for run in self._runs(chosen):
             if len(run) == 1 or not self._together(run, chosen, results):
                 self._in_turn(run, chosen, results)
         # A stream's schema, and with it its metadata, was sent before: only a table has its problems in it.
-        problems = self.problems if is_large is None else ()
-        return results.batch(is_cut=self._is_cut, problems=problems, is_large=is_large)
+        return results.batch(() if is_stream else self.problems)
 
     def _runs(self, chosen: Sequence[tuple[Layer, Scheme]]) -> Iterator[range]:
         """All layers in order: those that can be read in place as many together as ops.TOGETHER_BYTES, others alone."""
@@ -185,16 +185,11 @@ class TableQuantizer:
             yield range(start, len(chosen))
 
     def _together(self, run: range, chosen: Sequence[tuple[Layer, Scheme]], results: Results) -> bool:
-        """Quantize layers as if they were one. False, and nothing is kept, where one of them cannot be quantized."""
-        jobs: list[Job] = []
-        for i in run:
-            layer, scheme = chosen[i]
-            jobs.append((layer.weights, scheme, *results.room(i)))
-            results.keep(i)
+        """Quantize layers as if they were one. False where one of them cannot be: then each must be seen to."""
+        jobs: list[Job] = [(chosen[i][0].weights, chosen[i][1], *results.rooms[i]) for i in run]
         first = chosen[run[0]][0].name
         found = ops.quantize_together(jobs, backend=self._backend, name=f"{first} and {len(run) - 1} more")
         if any(findings != NOTHING for findings in found):
-            results.forget(len(run))
             return False
         for i in run:
             self._is_done(chosen[i][0])
@@ -204,13 +199,13 @@ class TableQuantizer:
         for i in run:
             layer, scheme = chosen[i]
             if layer.name in self._broken:
+                results.refuse(i)
                 continue
             try:
-                quantize_layer(layer, scheme, *results.room(i), backend=self._backend)
+                quantize_layer(layer, scheme, *results.rooms[i], backend=self._backend)
             except InputError as e:
+                results.refuse(i)
                 self._fail(layer, e)
-            else:
-                results.keep(i)
             self._is_done(layer)
 
     def _is_done(self, layer: Layer) -> None:

@@ -72,72 +72,56 @@ class Room(NamedTuple):
 
 
 class Results:
-    """A record batch in the making, with room for the results of `layers` by their schemes; all store alike scales.
+    """A record batch in the making: a row for each of `layers`, quantized by their schemes, which store alike scales.
 
-    For each layer in order `room` says where its result goes, and `keep` that it is there. One that is not kept leaves
-    no trace: the next gets its room. The memory is of Arrow's pool, allocated once.
+    `rooms` says where the result of each layer goes. All memory is of Arrow's pool, allocated once. The rows over it are
+    made at once: after the kernels, which leave nothing of Python in the caches, it would take several times as long.
+
+    is_cut: with columns chunk and n_chunks
+    is_stream: one of several batches that have one schema: with lists whose offsets have 32 bits
+
+    Raises InputError where a batch of a stream has more scales than such lists can hold.
     """
 
-    def __init__(self, layers: Sequence[Layer], schemes: Sequence[Scheme], scale_dtype: str) -> None:
-        self._layers, self._schemes, self._scale_dtype = layers, schemes, scale_dtype
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        schemes: Sequence[Scheme],
+        scale_dtype: str,
+        *,
+        is_cut: bool = False,
+        is_stream: bool = False,
+    ) -> None:
         keys = zip((layer.weights.shape for layer in layers), schemes, strict=True)
         # Layers that follow each other are often alike.
-        self._sizes = [n for key, alike in itertools.groupby(keys) for n in [_Sizes.of(*key)] for _ in alike]
-        self._data = arrow_values.empty(sum(n.data for n in self._sizes), np.uint8)
-        self._scales = arrow_values.empty(sum(n.scales for n in self._sizes), DTYPES[scale_dtype].numpy)
-        self._zeros = arrow_values.empty(sum(n.zeros for n in self._sizes), np.uint8)
-        self._kept: list[int] = []
-        # After each layer that was kept: bytes of data, scales, zero points.
-        self._ends = [(0, 0, 0)]
-
-    def room(self, i: int) -> Room:
-        """Views for the result of layer i."""
-        n, (data, scales, zeros) = self._sizes[i], self._ends[-1]
-        return Room(
-            self._data[data : data + n.data].reshape(n.packed_shape),
-            self._scales[scales : scales + n.scales].reshape(n.scales_shape),
-            None if self._schemes[i].symmetric else self._zeros[zeros : zeros + n.zeros].reshape(n.scales_shape),
-        )
-
-    def keep(self, i: int) -> None:
-        """The room that was given for layer i holds its result."""
-        n, (data, scales, zeros) = self._sizes[i], self._ends[-1]
-        self._ends.append((data + n.data, scales + n.scales, zeros + n.zeros))
-        self._kept.append(i)
-
-    def forget(self, n: int) -> None:
-        """The last n that were kept are not, and their room is free again."""
-        del self._kept[-n:], self._ends[-n:]
-
-    def batch(
-        self, *, is_cut: bool = False, problems: Sequence[Problem] = (), is_large: bool | None = None
-    ) -> pa.RecordBatch:
-        """The rows that were kept, over the memory they were written to; problems are listed in the metadata.
-
-        Raises InputError where they have more scales than lists with offsets of 32 bits can hold, and `is_large` is no.
-        """
-        ends = np.fromiter(itertools.chain.from_iterable(self._ends), np.int64).reshape(-1, 3)
-        layers, schemes = [self._layers[i] for i in self._kept], [self._schemes[i] for i in self._kept]
-        if is_large is None:
-            is_large = int(ends[-1, 1]) > MAX_ITEMS
-        elif not is_large and ends[-1, 1] > MAX_ITEMS:
+        sizes = [n for key, alike in itertools.groupby(keys) for n in [_Sizes.of(*key)] for _ in alike]
+        ends = np.zeros((len(sizes) + 1, 3), np.int64)
+        np.cumsum([n[:3] for n in sizes] or ends[1:], axis=0, out=ends[1:])
+        n_data, n_scales, n_zeros = ends[-1].tolist()
+        if is_stream and n_scales > MAX_ITEMS:
             raise InputError(
-                f"a record batch of {len(self._kept)} rows has {ends[-1, 1]:,} scales, and a list column of a stream "
-                f"holds {MAX_ITEMS:,}; give smaller batches, larger groups, or a table"
+                f"a record batch of {len(sizes)} rows has {n_scales:,} scales, and a list column of a stream holds "
+                f"{MAX_ITEMS:,}; give smaller batches, larger groups, or a table"
             )
-        schema = result_schema(self._scale_dtype, is_cut=is_cut, is_large=is_large)
-        if problems:
-            schema = schema.with_metadata({**schema.metadata, ERRORS_KEY: problems_json(problems)})
-        n = len(self._kept)
+        data = arrow_values.empty(n_data, np.uint8)
+        scales, zeros = arrow_values.empty(n_scales, DTYPES[scale_dtype].numpy), arrow_values.empty(n_zeros, np.uint8)
+        self.rooms = [
+            Room(
+                data[at[0] : at[0] + n.data].reshape(n.packed_shape),
+                scales[at[1] : at[1] + n.scales].reshape(n.scales_shape),
+                None if scheme.symmetric else zeros[at[2] : at[2] + n.zeros].reshape(n.scales_shape),
+            )
+            for n, at, scheme in zip(sizes, ends.tolist(), schemes, strict=False)
+        ]
+        schema = result_schema(scale_dtype, is_cut=is_cut, is_large=n_scales > MAX_ITEMS)
         ids = {scheme: scheme.id for scheme in set(schemes)}
         symmetric = np.array([scheme.symmetric for scheme in schemes], np.bool_)
+        offsets = [None, pa.py_buffer(ends[:, 0].copy()), arrow_values.buffer(data)]
         columns = {
             "layer_name": [layer.name for layer in layers],
-            "quantized_data": pa.Array.from_buffers(
-                pa.large_binary(), n, [None, pa.py_buffer(ends[:, 0].copy()), arrow_values.buffer(self._data)], 0
-            ),
-            "scales": _lists(schema.field("scales").type, ends[:, 1], self._scales),
-            "zero_points": _lists(schema.field("zero_points").type, ends[:, 2], self._zeros, nulls=symmetric),
+            "quantized_data": pa.Array.from_buffers(pa.large_binary(), len(sizes), offsets, 0),
+            "scales": _lists(schema.field("scales").type, ends[:, 1], scales),
+            "zero_points": _lists(schema.field("zero_points").type, ends[:, 2], zeros, nulls=symmetric),
             "shape": [layer.shape for layer in layers],
             "bit_width": [scheme.bits for scheme in schemes],
             "group_size": [scheme.group_size for scheme in schemes],
@@ -148,7 +132,24 @@ class Results:
             columns |= {"chunk": [layer.chunk for layer in layers]}
             columns |= {"n_chunks": [layer.n_chunks for layer in layers]}
         arrays = [c if isinstance(c, pa.Array) else pa.array(c, schema.field(k).type) for k, c in columns.items()]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        self._rows = pa.RecordBatch.from_arrays(arrays, schema=schema)
+        self._refused: set[int] = set()
+
+    def refuse(self, i: int) -> None:
+        """Layer i has no result, and will be in no row."""
+        self._refused.add(i)
+
+    def batch(self, problems: Sequence[Problem] = ()) -> pa.RecordBatch:
+        """The rows, over the memory that was written to; a copy without those that were refused, if there are such.
+
+        `problems` are listed in the metadata.
+        """
+        rows = self._rows
+        if self._refused:
+            rows = rows.filter(pa.array([i not in self._refused for i in range(rows.num_rows)], pa.bool_()))
+        if problems:
+            rows = rows.replace_schema_metadata({**rows.schema.metadata, ERRORS_KEY: problems_json(problems)})
+        return rows
 
 
 class _Sizes(NamedTuple):
