@@ -74,8 +74,8 @@ class Room(NamedTuple):
 class Results:
     """A record batch in the making: a row for each of `layers`, quantized by their schemes, which store alike scales.
 
-    `rooms` says where the result of each layer goes. All memory is of Arrow's pool, allocated once. The rows over it are
-    made at once: after the kernels, which leave nothing of Python in the caches, it would take several times as long.
+    `rooms` says where the result of each layer goes. All memory is of Arrow's pool, allocated once. The rows over it
+    are made at once: after the kernels, which leave nothing of Python in the caches, that would take far longer.
 
     is_cut: with columns chunk and n_chunks
     is_stream: one of several batches that have one schema: with lists whose offsets have 32 bits
