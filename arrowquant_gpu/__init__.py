@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 from . import errors as errors
 
 if TYPE_CHECKING:
+    from .diffusion import DiffusionOptions as DiffusionOptions
     from .ops import dequantize as dequantize
     from .ops import quantize as quantize
     from .pinned import pinned_table as pinned_table
     from .pipeline import quantize_checkpoint as quantize_checkpoint
     from .pipeline.dequantize import dequantize_checkpoint as dequantize_checkpoint
     from .pipeline.verify import verify_checkpoint as verify_checkpoint
+    from .pipeline.widths import Widths as Widths
     from .schemes import Scheme as Scheme
     from .tensor import QuantizedTensor as QuantizedTensor
     from .v2.asynchronous import AsyncArrowQuantV2 as AsyncArrowQuantV2
@@ -41,11 +43,13 @@ __version__ = "0.1.0"
 _HOME = {
     "ArrowQuantV2": "v2.quantizer",
     "AsyncArrowQuantV2": "v2.asynchronous",
+    "DiffusionOptions": "diffusion",
     "DiffusionQuantConfig": "v2.config",
     "QuantizedTensor": "tensor",
     "SafeTensorsLoader": "v2.loaders",
     "Scheme": "schemes",
     "ShardedSafeTensorsLoader": "v2.loaders",
+    "Widths": "pipeline.widths",
     "dequantize": "ops",
     "dequantize_checkpoint": "pipeline.dequantize",
     "numpy_to_arrow_table": "v2.weights_table",
