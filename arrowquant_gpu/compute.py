@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .backends import get_backend
 from .schemes import Scheme
-from .tables.dequantize import dequantize_stream, weights_schema
+from .tables.dequantize import decoded_schema, dequantize_stream
 from .tables.quantize import TableQuantizer
 from .tables.results import result_schema
 from .tables.weights import check_schema
@@ -92,7 +92,7 @@ def dequantize(
 
     Raises InputError for another dtype, and DeviceError; what evaluates the expression raises InputError.
     """
-    kind = weights_schema(dtype).field("weights").type
+    kind = decoded_schema(dtype).field("weights").type
     get_backend(device, threads)
 
     def function(context: Any, column: Any) -> pa.Array:

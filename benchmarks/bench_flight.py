@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arrowquant_gpu.flight import Client, Server  # noqa: E402 - the repository is not on the path of a script
-from arrowquant_gpu.flight.cuts import MESSAGE_BYTES, weights_schema  # noqa: E402
+from arrowquant_gpu.flight.cuts import MESSAGE_BYTES  # noqa: E402
 from arrowquant_gpu.tables.quantize import quantize_table  # noqa: E402
+from arrowquant_gpu.tables.weights import weights_schema  # noqa: E402
 from benchmarks.watch import PERIOD, anonymous_bytes  # noqa: E402
 from tests.record import write  # noqa: E402
 
@@ -95,7 +96,7 @@ def tensors(w: np.ndarray, n: int) -> Iterator[pa.RecordBatch]:
 def pieces(w: np.ndarray, n: int, message_bytes: int) -> Iterator[pa.RecordBatch]:
     """The same bytes in messages of one size, with the columns that the client sends."""
     step = max(1, message_bytes // (4 * w.shape[1]))
-    schema = weights_schema("float32")
+    schema = weights_schema("float32", is_cut=True)
     for i in range(n):
         for at in range(0, len(w), step):
             flat = pa.array(w[at : at + step].reshape(-1))
@@ -117,7 +118,7 @@ def _quantize(location: str, w: np.ndarray, scheme: str, n: int, message_bytes: 
 def _exchange(location: str, w: np.ndarray, scheme: str, n: int, message_bytes: int) -> None:
     with fl.connect(location) as client:
         writer, reader = client.do_exchange(fl.FlightDescriptor.for_command(b"nothing"))
-        writer.begin(weights_schema("float32"))
+        writer.begin(weights_schema("float32", is_cut=True))
         sender = threading.Thread(target=lambda: [writer.write_batch(b) for b in pieces(w, n, message_bytes)])
         sender.start()
         for _ in range(sum(1 for _ in pieces(w, n, message_bytes))):
@@ -128,7 +129,7 @@ def _exchange(location: str, w: np.ndarray, scheme: str, n: int, message_bytes: 
 
 def _put(location: str, w: np.ndarray, scheme: str, n: int, message_bytes: int) -> None:
     with fl.connect(location) as client:
-        writer, _ = client.do_put(fl.FlightDescriptor.for_command(b"nothing"), weights_schema("float32"))
+        writer, _ = client.do_put(fl.FlightDescriptor.for_command(b"nothing"), weights_schema("float32", is_cut=True))
         for batch in pieces(w, n, message_bytes):
             writer.write_batch(batch)
         writer.close()

@@ -19,13 +19,13 @@ from ..errors import ArrowQuantError, InputError, ServiceError
 from ..interchange import as_weights
 from ..schemes import Scheme, rows_and_length
 from ..tables import ERRORS_KEY, Layer, Problem, problems_json
-from ..tables.dequantize import weights_schema as decoded_schema
+from ..tables.dequantize import decoded_schema
 from ..tables.quantize import as_reader, batches_of
 from ..tables.results import result_schema
-from ..tables.weights import Rows
+from ..tables.weights import Rows, weights_schema
 from . import requests
 from .access import TOKEN_VARIABLE, call_options, split
-from .cuts import MESSAGE_BYTES, cut_quantized, cut_weights, join, quantized_schema, weights_schema
+from .cuts import MESSAGE_BYTES, cut_quantized, cut_weights, join, quantized_schema
 from .faults import FLIGHT_ERRORS, from_flight, restored
 from .requests import DEFAULT_SCHEME, DEQUANTIZE, PUT, QUANTIZE, Request
 
@@ -156,7 +156,7 @@ class Client:
         # A stream has one element type. Each run of tensors that share one is a call.
         for dtype, run in itertools.groupby(source.layers(), key=lambda layer: layer.dtype):
             messages = cut_weights(run, scheme, self._most_bytes())
-            yield from self._exchange(request, weights_schema(dtype), messages, expected, ended)
+            yield from self._exchange(request, weights_schema(dtype, is_cut=True), messages, expected, ended)
 
     def _exchange(
         self,
@@ -243,7 +243,7 @@ class Client:
             first = next(layers, None)
             if first is None:
                 raise InputError("there are no weights to store")
-            schema = weights_schema(first.dtype)
+            schema = weights_schema(first.dtype, is_cut=True)
             same = _of_one_dtype(itertools.chain([first], layers), first)
             messages = cut_weights(same, parsed, self._most_bytes())
             request = Request(

@@ -7,18 +7,19 @@ pieces are quantized and decoded alone; they follow each other in order.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from .. import arrow_columns, arrow_values
+from .. import arrow_values
 from ..errors import InputError
 from ..schemes import Scheme, rows_and_length
 from ..tables import Layer
-from ..tables.results import MAX_ITEMS
+from ..tables.results import MAX_ITEMS, QuantizedRow, read_rows
+from ..tables.weights import weights_batch, weights_schema
 from ..tensor import QuantizedTensor
 
 # What goes into one message. Messages of 32 MB and more are slower: the allocator gives their pages back each time.
@@ -28,34 +29,11 @@ GATHERED_BYTES = 1 << 20
 _PIECE_COLUMNS = (("chunk", pa.uint32()), ("n_chunks", pa.uint32()))
 
 
-def weights_schema(dtype: str) -> pa.Schema:
-    """Columns of weights of one element type, any that can be quantized, as messages have them."""
-    return pa.schema(
-        [
-            ("layer_name", pa.string()),
-            ("weights", pa.large_list(arrow_values.field("item", dtype))),
-            ("shape", pa.list_(pa.int64())),
-            *_PIECE_COLUMNS,
-        ]
-    )
-
-
-def weights_batch(layers: list[Layer]) -> pa.RecordBatch:
+def _message(layers: list[Layer]) -> pa.RecordBatch:
     """A record batch of rows of one element type; of one row, a view of its array."""
-    schema = weights_schema(layers[0].dtype)
-    ends = np.cumsum([0, *(layer.weights.size for layer in layers)], dtype=np.int64)
     flat = [layer.weights.reshape(-1) for layer in layers]
-    values = arrow_values.from_numpy(flat[0] if len(flat) == 1 else np.concatenate(flat))
-    kind = schema.field("weights").type
-    columns = {
-        "layer_name": [layer.name for layer in layers],
-        "weights": pa.Array.from_buffers(kind, len(layers), [None, pa.py_buffer(ends)], 0, children=[values]),
-        "shape": [layer.shape for layer in layers],
-        "chunk": [layer.chunk for layer in layers],
-        "n_chunks": [layer.n_chunks for layer in layers],
-    }
-    arrays = [columns[f.name] if f.name == "weights" else pa.array(columns[f.name], f.type) for f in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+    values = flat[0] if len(flat) == 1 else np.concatenate(flat)
+    return weights_batch(layers, [a.size for a in flat], values, weights_schema(layers[0].dtype, is_cut=True))
 
 
 def cut_weights(layers: Iterable[Layer], scheme: Scheme, message_bytes: int) -> Iterator[pa.RecordBatch]:
@@ -67,19 +45,19 @@ def cut_weights(layers: Iterable[Layer], scheme: Scheme, message_bytes: int) -> 
     size = 0
     for layer in layers:
         if together and size + layer.weights.nbytes > message_bytes:
-            yield weights_batch(together)
+            yield _message(together)
             together, size = [], 0
         if layer.weights.nbytes < GATHERED_BYTES:
             together.append(layer)
             size += layer.weights.nbytes
             continue
         if together:
-            yield weights_batch(together)
+            yield _message(together)
             together, size = [], 0
         for piece in _pieces(layer, scheme, message_bytes):
-            yield weights_batch([piece])
+            yield _message([piece])
     if together:
-        yield weights_batch(together)
+        yield _message(together)
 
 
 def _pieces(layer: Layer, scheme: Scheme, message_bytes: int) -> Iterator[Layer]:
@@ -93,16 +71,6 @@ def _pieces(layer: Layer, scheme: Scheme, message_bytes: int) -> Iterator[Layer]
         yield layer._replace(weights=layer.weights[chunk * step : (chunk + 1) * step], chunk=chunk, n_chunks=n_chunks)
 
 
-class Cell(NamedTuple):
-    """A row of quantized weights that was read: `tensor` is the piece that it holds, `shape` the whole tensor's."""
-
-    name: str
-    tensor: QuantizedTensor
-    shape: tuple[int, ...]
-    chunk: int
-    n_chunks: int
-
-
 class QuantizedRows:
     """Reads record batches of quantized rows, one after the other, and knows which names and pieces came before.
 
@@ -113,19 +81,11 @@ class QuantizedRows:
         self._seen: set[str] = set()
         self._open: tuple[str, int, int] | None = None
 
-    def cells(self, batch: pa.RecordBatch) -> Iterator[Cell]:
-        try:
-            batch.validate(full=True)
-        except (pa.ArrowInvalid, UnicodeDecodeError) as e:
-            raise InputError(f"a record batch of quantized rows is malformed: {e}") from e
-        columns = {c: batch.column(c).to_pylist() for c in ("shape", "chunk", "n_chunks") if c in batch.schema.names}
-        for i, (name, tensor) in enumerate(arrow_columns.read_all(batch)):
-            if not isinstance(tensor, QuantizedTensor):
-                raise InputError(f"row {i} ({name}): quant_type none, this tensor is not quantized")
-            chunk = columns.get("chunk", {i: 0})[i] or 0
-            n_chunks = columns.get("n_chunks", {i: 1})[i] or 1
-            self._follow(name, chunk, n_chunks)
-            yield Cell(name, tensor, tuple(columns["shape"][i]), chunk, n_chunks)
+    def read(self, batch: pa.RecordBatch) -> Iterator[QuantizedRow]:
+        """The rows of the next batch."""
+        for row in read_rows(batch):
+            self._follow(row.name, row.chunk, row.n_chunks)
+            yield row
 
     def finish(self) -> None:
         """There are no more batches. Raises InputError for a tensor of which pieces are missing."""
@@ -175,7 +135,7 @@ def cut_quantized(
     """
     rows = QuantizedRows()
     for batch in batches:
-        for i, cell in enumerate(rows.cells(batch)):
+        for i, cell in enumerate(rows.read(batch)):
             row = _with_pieces(batch.slice(i, 1), schema, cell.chunk, cell.n_chunks)
             tensor = cell.tensor
             if cell.n_chunks > 1 and came_cut is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -386,7 +385,7 @@ def checked(batches: Iterable[pa.RecordBatch], most_decoded: int | None = None) 
     """Batches of quantized rows, each of which can be decoded, and to no more bytes of float32. Raises InputError."""
     rows = QuantizedRows()
     for batch in batches:
-        n_bytes = sum(4 * math.prod(cell.tensor.shape) for cell in rows.cells(batch))
+        n_bytes = sum(4 * row.size for row in rows.read(batch))
         if most_decoded is not None and n_bytes > most_decoded:
             raise InputError(_too_large("what a message decodes to", n_bytes, most_decoded))
         yield batch

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from .. import arrow_columns, arrow_values, ops
+from .. import arrow_values, ops
 from ..backends import Backend, get_backend
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import InputError
 from ..schemes import rows_and_length
-from ..tensor import QuantizedTensor
 from .quantize import as_reader, batches_of
+from .results import QuantizedRow, read_rows, validate
+from .weights import weights_batch, weights_schema
 
 # Of weights, in one record batch that is written, unless a single row has more.
 BATCH_BYTES = 64 << 20
 
 
-def weights_schema(dtype: str = "float32", *, is_cut: bool = False) -> pa.Schema:
-    """The columns of decoded weights, which `quantize_table` takes; lists have offsets of 64 bits.
-
-    >>> weights_schema("float16").field("weights").type, weights_schema(is_cut=True).names
-    (LargeListType(large_list<item: halffloat>), ['layer_name', 'weights', 'shape', 'chunk', 'n_chunks'])
+def decoded_schema(dtype: str = "float32", *, is_cut: bool = False) -> pa.Schema:
+    """The columns of decoded weights, which `quantize_table` takes; see `weights_schema`.
 
     Raises InputError for a dtype that is not decoded to.
     """
     if dtype not in KERNEL_DTYPES:
         raise InputError(f"dtype {dtype!r}: dequantize gives {', '.join(KERNEL_DTYPES)}")
-    fields = [
-        ("layer_name", pa.string()),
-        ("weights", pa.large_list(arrow_values.field("item", dtype))),
-        ("shape", pa.list_(pa.int64())),
-    ]
-    if is_cut:
-        fields += [("chunk", pa.uint32()), ("n_chunks", pa.uint32())]
-    return pa.schema(fields)
+    return weights_schema(dtype, is_cut=is_cut)
 
 
 def dequantize_table(
@@ -58,7 +47,10 @@ def dequantize_table(
     Raises InputError where a row cannot be decoded, and DeviceError.
     """
     given = as_reader(table)
-    table = pa.Table.from_batches(_valid(given), given.schema)
+    batches = list(batches_of(given))
+    for batch in batches:
+        validate(batch)
+    table = pa.Table.from_batches(batches, given.schema)
     if dtype is None:
         found = set(map(str, table["dtype"].to_pylist())) if "dtype" in table.column_names else set()
         dtype = found.pop() if len(found) == 1 and found <= set(KERNEL_DTYPES) else "float32"
@@ -80,74 +72,32 @@ def dequantize_stream(
     Raises InputError and DeviceError as `dequantize_table`, when the stream is read.
     """
     reader, backend = as_reader(batches), get_backend(device, threads)
-    schema = weights_schema(dtype, is_cut="n_chunks" in reader.schema.names)
+    schema = decoded_schema(dtype, is_cut="n_chunks" in reader.schema.names)
 
     def decoded() -> Iterator[pa.RecordBatch]:
-        for batch in _valid(reader):
-            waiting: list[_Row] = []
-            for row in _rows(batch):
-                if waiting and sum(r.size for r in [*waiting, row]) * DTYPES[dtype].bits // 8 > BATCH_BYTES:
+        for batch in batches_of(reader):
+            waiting: list[QuantizedRow] = []
+            n_bytes = 0
+            for row in read_rows(batch):
+                row_bytes = row.size * DTYPES[dtype].bits // 8
+                if waiting and n_bytes + row_bytes > BATCH_BYTES:
                     yield _decoded(waiting, schema, dtype, backend)
-                    waiting = []
+                    waiting, n_bytes = [], 0
                 waiting.append(row)
+                n_bytes += row_bytes
             if waiting:
                 yield _decoded(waiting, schema, dtype, backend)
 
     return pa.RecordBatchReader.from_batches(schema, decoded())
 
 
-class _Row(NamedTuple):
-    """One row of results; `shape` is that of the whole tensor."""
-
-    name: str
-    tensor: QuantizedTensor
-    shape: list[int]
-    chunk: int
-    n_chunks: int
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.tensor.shape)
-
-
-def _valid(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-    """The batches of a stream, which nothing may look into before."""
-    for batch in batches_of(reader):
-        try:
-            batch.validate(full=True)
-        except pa.ArrowInvalid as e:
-            raise InputError(f"a record batch of results is malformed: {e}") from e
-        yield batch
-
-
-def _rows(batch: pa.RecordBatch) -> Iterator[_Row]:
-    count, names = batch.num_rows, batch.schema.names
-    chunks = batch["chunk"].to_pylist() if "chunk" in names else [0] * count
-    n_chunks = batch["n_chunks"].to_pylist() if "n_chunks" in names else [1] * count
-    for i, (name, tensor) in enumerate(arrow_columns.read_all(batch)):
-        if not isinstance(tensor, QuantizedTensor):
-            raise InputError(f"{name}: this tensor is not quantized; `arrowquant dequantize` reads whole checkpoints")
-        yield _Row(name, tensor, batch["shape"][i].as_py(), chunks[i] or 0, n_chunks[i] or 1)
-
-
-def _decoded(rows: list[_Row], schema: pa.Schema, dtype: str, backend: Backend) -> pa.RecordBatch:
+def _decoded(rows: list[QuantizedRow], schema: pa.Schema, dtype: str, backend: Backend) -> pa.RecordBatch:
     """The weights of some rows, decoded into one allocation."""
-    ends = np.cumsum([0, *(row.size for row in rows)], dtype=np.int64)
-    values = arrow_values.empty(int(ends[-1]), DTYPES[dtype].numpy)
-    for row, start, stop in zip(rows, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        q = row.tensor
+    sizes = [row.size for row in rows]
+    values, stop = arrow_values.empty(sum(sizes), DTYPES[dtype].numpy), 0
+    for row, size in zip(rows, sizes, strict=True):
+        q, start, stop = row.tensor, stop, stop + size
         ops.check_tensor(q)
         out = values[start:stop].reshape(rows_and_length(q.shape))
         ops.dequantize_rows(q.packed, q.scales, q.zeros, q.scheme, out, backend=backend, name=row.name)
-    kind = schema.field("weights").type
-    columns = {
-        "layer_name": [row.name for row in rows],
-        "weights": pa.Array.from_buffers(
-            kind, len(rows), [None, pa.py_buffer(ends)], 0, children=[arrow_values.from_numpy(values)]
-        ),
-        "shape": [row.shape for row in rows],
-        "chunk": [row.chunk for row in rows],
-        "n_chunks": [row.n_chunks for row in rows],
-    }
-    arrays = [columns[f.name] if f.name == "weights" else pa.array(columns[f.name], f.type) for f in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+    return weights_batch(rows, sizes, values, schema)

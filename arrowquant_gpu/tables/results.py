@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ from .. import arrow_columns, arrow_values
 from ..dtypes import DTYPES
 from ..errors import InputError
 from ..schemes import Scheme
+from ..tensor import QuantizedTensor
 from . import ERRORS_KEY, Layer, Problem, problems_json
 
 # Items that offsets of 32 bits can count.
@@ -178,3 +179,42 @@ def _lists(
         return pa.Array.from_buffers(kind, len(ends) - 1, [None, offsets], 0, children=children)
     valid = pa.py_buffer(np.packbits(~nulls, bitorder="little"))
     return pa.Array.from_buffers(kind, len(ends) - 1, [valid, offsets], int(nulls.sum()), children=children)
+
+
+class QuantizedRow(NamedTuple):
+    """A row of quantized tensors that was read: `tensor` is what it holds, views of it; `shape` the whole tensor's."""
+
+    name: str
+    tensor: QuantizedTensor
+    shape: tuple[int, ...]
+    chunk: int
+    n_chunks: int
+
+    @property
+    def size(self) -> int:
+        """Weights that it decodes to."""
+        return math.prod(self.tensor.shape)
+
+
+def read_rows(batch: pa.RecordBatch) -> Iterator[QuantizedRow]:
+    """The rows of a batch with these columns, or those of `arrow_columns`.
+
+    Raises InputError where one cannot be decoded, or holds a tensor that is not quantized.
+    """
+    validate(batch)
+    columns = {c: batch.column(c).to_pylist() for c in ("shape", "chunk", "n_chunks") if c in batch.schema.names}
+    for i, (name, tensor) in enumerate(arrow_columns.read_all(batch)):
+        if not isinstance(tensor, QuantizedTensor):
+            raise InputError(
+                f"row {i} ({name}): this tensor is not quantized; `arrowquant dequantize` reads checkpoints"
+            )
+        chunk, n_chunks = (columns.get(c, {i: other})[i] or other for c, other in (("chunk", 0), ("n_chunks", 1)))
+        yield QuantizedRow(name, tensor, tuple(columns["shape"][i]), chunk, n_chunks)
+
+
+def validate(batch: pa.RecordBatch) -> None:
+    """Raise InputError for a batch of quantized rows whose buffers are not what they say; nothing may look before."""
+    try:
+        batch.validate(full=True)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as e:
+        raise InputError(f"a record batch of quantized rows is malformed: {e}") from e

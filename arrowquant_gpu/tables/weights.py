@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .. import arrow_values
 from ..arrow_values import DTYPE_KEY, to_numpy
 from ..arrow_weights import dense_chunks
 from ..dtypes import WEIGHT_DTYPES, from_numpy
@@ -46,6 +47,50 @@ def check_schema(schema: pa.Schema) -> None:
             raise InputError(f"column {column!r} is {schema.field(column).type}; it must be an integer")
     if "chunk" in names and "shape" not in names:
         raise InputError("column 'shape' is missing: where a tensor is cut into rows, it says the whole one's shape")
+
+
+def weights_schema(dtype: str, *, is_cut: bool = False) -> pa.Schema:
+    """The columns of weights of one element type, any that can be quantized; lists have offsets of 64 bits.
+
+    >>> weights_schema("float16").field("weights").type, weights_schema("float16", is_cut=True).names
+    (LargeListType(large_list<item: halffloat>), ['layer_name', 'weights', 'shape', 'chunk', 'n_chunks'])
+    """
+    fields = [
+        ("layer_name", pa.string()),
+        ("weights", pa.large_list(arrow_values.field("item", dtype))),
+        ("shape", pa.list_(pa.int64())),
+    ]
+    if is_cut:
+        fields += [("chunk", pa.uint32()), ("n_chunks", pa.uint32())]
+    return pa.schema(fields)
+
+
+class Row(Protocol):
+    """What a row of weights says beside them; see `Layer`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def chunk(self) -> int: ...
+    @property
+    def n_chunks(self) -> int: ...
+
+
+def weights_batch(rows: Sequence[Row], sizes: Sequence[int], values: NDArray[Any], schema: pa.Schema) -> pa.RecordBatch:
+    """A record batch over `values`, flat: so many of them for each of `rows`, one row after the other."""
+    ends = np.cumsum([0, *sizes], dtype=np.int64)
+    kind, items = schema.field("weights").type, arrow_values.from_numpy(values)
+    columns = {
+        "layer_name": [row.name for row in rows],
+        "weights": pa.Array.from_buffers(kind, len(rows), [None, pa.py_buffer(ends)], 0, children=[items]),
+        "shape": [row.shape for row in rows],
+        "chunk": [row.chunk for row in rows],
+        "n_chunks": [row.n_chunks for row in rows],
+    }
+    arrays = [columns[f.name] if f.name == "weights" else pa.array(columns[f.name], f.type) for f in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 class Rows:
