@@ -31,6 +31,7 @@ from arrowquant_gpu.errors import (
     SourceError,
     TargetError,
 )
+from arrowquant_gpu.formats.output import ACTIVATIONS, MANIFEST
 from arrowquant_gpu.formats.quantized import open_quantized
 from arrowquant_gpu.schemes import Scheme, rows_and_length
 from arrowquant_gpu.v2 import models
@@ -590,6 +591,12 @@ def test_figures_of_a_model_are_measured(quantizer: ArrowQuantV2, model: Path, t
     assert quality["passed"]
     assert quality.problems == {}
     assert quality.keys() == {*keys, "per_layer_accuracy", "passed"}
+
+
+def test_what_lies_beside_the_weights_is_not_their_size(tmp_path: Path) -> None:
+    for name, n_bytes in (("a.parquet", 5), (MANIFEST, 70), (ACTIVATIONS, 900), ("config.json", 30)):
+        (tmp_path / name).write_bytes(bytes(n_bytes))
+    assert models.weight_bytes(tmp_path) == 5
 
 
 def test_a_sharded_model_and_its_index(quantizer: ArrowQuantV2, tmp_path: Path) -> None:

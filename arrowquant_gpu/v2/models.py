@@ -11,7 +11,7 @@ from typing import Any
 from ..diffusion import detect
 from ..errors import InputError
 from ..formats.checkpoint import open_checkpoint
-from ..formats.output import MANIFEST
+from ..formats.output import ACTIVATIONS, MANIFEST
 from ..pipeline import quantize_checkpoint
 from ..pipeline.verify import VerifyReport, verify_checkpoint
 from ..schemes import Scheme
@@ -23,8 +23,9 @@ ProgressCallback = Callable[[str, float], Any]
 # The format by the suffix of the output; of any other name it is DIRECTORY_FORMAT.
 SUFFIXES: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
 DIRECTORY_FORMAT = "parquet-tensors"
-# Weights in the directory of a model.
+# Weights in the directory of a model, and what else ends like them.
 WEIGHT_SUFFIXES = (".safetensors", ".parquet", ".arrow")
+NO_WEIGHTS = (MANIFEST, ACTIVATIONS)
 MB = 1 << 20
 
 
@@ -68,11 +69,12 @@ def quantize_model(
     seconds = time.perf_counter() - start
     if config.validate:
         verify_checkpoint(target, source, min_cosine=config.min_accuracy, device=device, threads=threads).check()
+    n_bytes = weight_bytes(target)
     figures = {
         "quantized_path": str(target),
-        "compression_ratio": weight_bytes(source) / weight_bytes(target),
+        "compression_ratio": weight_bytes(source) / n_bytes,
         "cosine_similarity": mean([cosine for cosine in manifest.table["cosine"].to_pylist() if cosine is not None]),
-        "model_size_mb": weight_bytes(target) / MB,
+        "model_size_mb": n_bytes / MB,
         "modality": modality,
         "bit_width": scheme.bits,
         "quantization_time_s": seconds,
@@ -99,10 +101,11 @@ def compare_models(
         progress=fractions(progress_callback, quantized),
     )
     cosines = {f.name: f.cosine for f in report.findings if f.cosine is not None}
+    n_bytes = weight_bytes(quantized)
     figures = {
         "cosine_similarity": mean(list(cosines.values())),
-        "compression_ratio": weight_bytes(original) / weight_bytes(quantized),
-        "model_size_mb": weight_bytes(quantized) / MB,
+        "compression_ratio": weight_bytes(original) / n_bytes,
+        "model_size_mb": n_bytes / MB,
         "per_layer_accuracy": cosines,
         "passed": not report.failed,
     }
@@ -116,7 +119,7 @@ def weight_bytes(path: str | Path) -> int:
         if path.suffix == ".json":
             return sum(file.stat().st_size for file in {t.file for t in open_checkpoint(path).tensors.values()})
         return path.stat().st_size
-    files = [f for f in path.rglob("*") if f.suffix in WEIGHT_SUFFIXES and f.name != MANIFEST]
+    files = [f for f in path.rglob("*") if f.suffix in WEIGHT_SUFFIXES and f.name not in NO_WEIGHTS]
     return sum(file.stat().st_size for file in files)
 
 
