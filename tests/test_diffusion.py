@@ -338,6 +338,9 @@ def test_activations_lie_in_a_directory(tmp_path: Path) -> None:
     assert table.num_rows == 4 * len(TEXT_LAYERS)
     assert "activations.arrow" in json.loads(pq.read_schema(out / "arrowquant_manifest.parquet").metadata[FILES_KEY])
     verify_checkpoint(out, tmp_path / "llada", device="cpu").check()
+    # It is of the quantized model: float weights need it as little as they did before.
+    dequantize_checkpoint(out, tmp_path / "back", device="cpu")
+    assert not (tmp_path / "back" / "activations.arrow").exists()
     # The whole directory is this program's own, and may be replaced as such.
     quantize_checkpoint(tmp_path / "llada", out, "int4_g16", device="cpu", overwrite=True)
     assert not (out / "activations.arrow").exists()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from ..errors import NotFoundError, SourceError, TargetError
-from ..formats.output import target_errors
+from ..formats.output import sync_path, target_errors
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Store:
                 else:
                     # rename() would replace a result that appeared meanwhile; link() refuses.
                     os.link(temporary, target)
-                _sync(self.directory)
+                sync_path(self.directory)
         finally:
             Path(temporary).unlink(missing_ok=True)
 
@@ -122,11 +122,3 @@ def _umask() -> int:
     """What a file that is made now may not be; read without setting it, which other threads would see."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:"))
     return int(line.split()[1], 8)
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

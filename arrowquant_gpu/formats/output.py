@@ -198,7 +198,7 @@ class Output:
                 self._are_names_synced = True
                 temp = self._begun.path
                 for folder in (*(p for p in temp.rglob("*") if p.is_dir()), temp, temp.parent):
-                    _sync(folder)
+                    sync_path(folder)
             with self._files.use(name) as fd:
                 os.fdatasync(fd)
 
@@ -215,7 +215,7 @@ class Output:
         with target_errors(self.target):
             self._close()
             for path in (*temp.rglob("*"), temp):
-                _sync(path)
+                sync_path(path)
             # Looked at again: something may have taken the name while this run was working.
             self.check()
             if self.is_directory:
@@ -229,7 +229,7 @@ class Output:
                 self._place_files(temp, names)
             self._release()
             try:
-                _sync(self.target.parent)
+                sync_path(self.target.parent)
             except OSError as e:
                 text = f"{self.target} is complete, but its name may not survive a power cut: {e}. Run sync(1)."
                 raise TargetError(text) from e
@@ -290,7 +290,7 @@ class Output:
         """The last step before the output gets its name: from here on a killed run starts anew."""
         temp = self._begun
         temp.journal.unlink(missing_ok=True)
-        _sync(temp.path)
+        sync_path(temp.path)
 
     def _check_replaceable(self) -> None:
         """Only what an earlier run wrote, and nothing that was added since, may be replaced as a whole."""
@@ -382,7 +382,8 @@ def _listed_files(manifest: Path) -> set[str] | None:
         return None
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Return when a file, or the names in a directory, are on the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

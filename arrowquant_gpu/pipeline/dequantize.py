@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..formats import Entry, QuantizedCheckpoint, safetensors
 from ..formats.compressed_tensors import INDEX
 from ..formats.model_card import model_card
-from ..formats.output import FILES_KEY, MANIFEST, Output, target_errors
+from ..formats.output import ACTIVATIONS, FILES_KEY, MANIFEST, Output, target_errors
 from ..formats.quantized import open_quantized, pieces
 from ..tensor import QuantizedTensor
 
@@ -227,7 +227,7 @@ def _write_side_files(source: QuantizedCheckpoint, output: Output) -> None:
         name = str(path.relative_to(source.path))
         if name == "README.md":
             card = path.read_bytes()
-        elif name not in ("config.json", INDEX, MANIFEST):
+        elif name not in ("config.json", INDEX, MANIFEST, ACTIVATIONS):
             with target_errors(output.target):
                 shutil.copyfile(path, output.path(name))
     if source.config is not None:
