@@ -166,6 +166,22 @@ def _split(sizes: Mapping[str, int], shards: int) -> list[list[str]]:
     return runs
 
 
+def random_weights(shapes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> dict[str, np.ndarray]:
+    """Seeded: linear weights normal with deviation 1/sqrt(row length), embeddings 0.02, biases 0.1, norms near 1."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        x = rng.standard_normal(shape, dtype=np.float32)
+        if name.endswith(".bias"):
+            x *= np.float32(0.1)
+        elif len(shape) == 1:
+            x = np.float32(1) + np.float32(0.1) * x
+        else:
+            x *= np.float32(0.02 if "embed" in name else 1 / math.sqrt(shape[-1]))
+        tensors[name] = x.astype(DTYPES[dtype].numpy)
+    return tensors
+
+
 def tiny_llama(
     directory: Path | str,
     dtype: str = "bfloat16",
@@ -179,22 +195,11 @@ def tiny_llama(
     tied: bool = False,
     seed: int = 0,
 ) -> Path:
-    """A LlamaForCausalLM directory that `transformers` loads: weights, index where shards > 1, config, tokenizer.
-
-    Linear weights are normal with deviation 1/sqrt(row length), embeddings 0.02, norms near 1.
-    """
+    """A LlamaForCausalLM directory that `transformers` loads: weights, index where shards > 1, config, tokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    target = DTYPES[dtype].numpy
-    tensors: dict[str, np.ndarray] = {}
-    for name, shape in llama_shapes(layers, hidden, intermediate, heads, kv_heads, vocab, tied).items():
-        x = rng.standard_normal(shape, dtype=np.float32)
-        if len(shape) == 1:
-            x = np.float32(1) + np.float32(0.1) * x
-        else:
-            x *= np.float32(0.02 if "embed" in name else 1 / math.sqrt(shape[-1]))
-        tensors[name] = x.astype(target)
+    shapes = llama_shapes(layers, hidden, intermediate, heads, kv_heads, vocab, tied)
+    tensors = random_weights(shapes, dtype, seed)
     runs = _split({n: t.nbytes for n, t in tensors.items()}, shards)
     weight_map: dict[str, str] = {}
     for i, run in enumerate(runs, 1):

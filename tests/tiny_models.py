@@ -1,0 +1,99 @@
+"""Small Hugging Face models of the families that loaders treat differently, written without torch.
+
+Every format can carry every linear weight of them: row lengths are multiples of 256, and rows multiples of 64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from . import tiny_tokenizers
+from .fixtures import llama_shapes, random_weights, write_safetensors
+
+LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB, EXPERTS = 2, 256, 512, 4, 2, 512, 4
+
+
+def _model(directory: Path | str, dtype: str, shapes: Mapping[str, tuple[int, ...]], seed: int, **own: object) -> Path:
+    """A directory with model.safetensors, config.json and generation_config.json; `own` keys of its config."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / "model.safetensors", random_weights(shapes, dtype, seed), {"format": "pt"})
+    config = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+        **own,
+    }
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}
+    for name, value in {"config.json": config, "generation_config.json": generation}.items():
+        (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def tiny_llama_gqa(directory: Path | str, dtype: str = "bfloat16") -> Path:
+    """LlamaForCausalLM: grouped-query attention, an output head of its own, the tokenizer of Llama 3."""
+    shapes = llama_shapes(LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB)
+    own = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+    own |= {"attention_bias": False, "mlp_bias": False, "bos_token_id": VOCAB - 3, "eos_token_id": VOCAB - 2}
+    directory = _model(directory, dtype, shapes, 1, **own)
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
+    names = dict(zip(("bos_token", "eos_token", "pad_token"), special, strict=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
+    tiny_tokenizers.byte_level(directory, "llama3", VOCAB, config, special)
+    return directory
+
+
+def tiny_qwen2(directory: Path | str, dtype: str = "bfloat16") -> Path:
+    """Qwen2ForCausalLM: biases of q, k and v, the output head tied to the embeddings, the tokenizer of Qwen2."""
+    shapes = llama_shapes(LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB, tied=True)
+    projections = tuple(f"{p}_proj.weight" for p in "qkv")
+    shapes |= {n.replace(".weight", ".bias"): s[:1] for n, s in shapes.items() if n.endswith(projections)}
+    own = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+    own |= {"use_sliding_window": False, "bos_token_id": VOCAB - 3, "eos_token_id": VOCAB - 1}
+    directory = _model(directory, dtype, shapes, 2, **own)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    config = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 512, "add_prefix_space": False}
+    config |= {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
+    tiny_tokenizers.byte_level(directory, "qwen2", VOCAB, config, special)
+    return directory
+
+
+def tiny_mixtral(directory: Path | str, dtype: str = "bfloat16") -> Path:
+    """MixtralForCausalLM: four experts in tensors of their own, as in the files of Mixtral, and its kind of tokenizer.
+
+    Every token goes to every expert: to which two of four would hang on roundings that loaders are free to do.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in llama_shapes(LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB).items():
+        layer, mlp, projection = name.partition("mlp.")
+        if not mlp:
+            shapes[name] = shape
+            continue
+        if projection == "gate_proj.weight":
+            shapes[layer + "block_sparse_moe.gate.weight"] = (EXPERTS, HIDDEN)
+        weight = {"gate_proj.weight": "w1", "down_proj.weight": "w2", "up_proj.weight": "w3"}[projection]
+        shapes |= {f"{layer}block_sparse_moe.experts.{i}.{weight}.weight": shape for i in range(EXPERTS)}
+    own = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "tie_word_embeddings": False}
+    own |= {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "sliding_window": None}
+    directory = _model(directory, dtype, shapes, 3, **own, bos_token_id=1, eos_token_id=2)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", "model_max_length": 512, "add_bos_token": True, "legacy": True}
+    tiny_tokenizers.byte_fallback(directory, VOCAB, config | {"add_eos_token": False} | names)
+    return directory
+
+
+MODELS: Mapping[str, Callable[[Path | str, str], Path]] = {
+    "llama": tiny_llama_gqa,
+    "qwen2": tiny_qwen2,
+    "mixtral": tiny_mixtral,
+}
