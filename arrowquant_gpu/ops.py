@@ -6,6 +6,7 @@ blocks of a tensor that is never whole in memory; the checkpoint pipeline is bui
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def quantize(
     """
     scheme, weights = Scheme.parse(scheme), as_weights(x, name=name)
     backend = _backend_for(weights, device, threads)
-    q = _room(weights, scheme, backend)
+    q = _room(weights, scheme, backend, name)
     quantize_blocks(
         weights.blocks, q.scheme, q.packed, q.scales, q.zeros, backend=backend, name=name, shape=weights.shape
     )
@@ -89,12 +90,12 @@ def quantize_all(
     for name, x in arrays.items():
         try:
             weights = as_weights(x, name=name)
+            backend = _backend_for(weights, device, threads)
+            item = name, weights, _room(weights, scheme, backend, name), backend
         except InputError as e:
             yield from _run_together(run)
             yield name, e
             continue
-        backend = _backend_for(weights, device, threads)
-        item = name, weights, _room(weights, scheme, backend), backend
         if len(weights.blocks) == 1 and is_direct(weights.blocks[0], scheme, backend):
             n_bytes = n_bytes * bool(run) + weights.blocks[0].nbytes
             run.append(item)
@@ -132,12 +133,18 @@ def _backend_for(weights: Weights, device: str, threads: int | None) -> Backend:
     return get_backend(weights.device if weights.device != "cpu" and device == "auto" else device, threads)
 
 
-def _room(weights: Weights, scheme: Scheme, backend: Backend) -> QuantizedTensor:
-    """The result of these weights, where they are, with arrays that nothing has been written to."""
+def _room(weights: Weights, scheme: Scheme, backend: Backend, name: str) -> QuantizedTensor:
+    """The result of these weights, where they are, with arrays that nothing has been written to.
+
+    Raises InputError where the scheme does not fit their shape.
+    """
+    if (reason := scheme.misfit(weights.shape)) is not None:
+        raise InputError(f"{name}: {reason}")
     allocate = backend.empty if weights.device != "cpu" else empty
     packed = allocate(scheme.packed_shape(weights.shape), np.uint8)
-    scales = allocate(scheme.scales_shape(weights.shape), DTYPES[scheme.scale_dtype].numpy)
-    zeros = None if scheme.symmetric else allocate(scales.shape, np.uint8)
+    scales = allocate(scheme.scales_shape(weights.shape), DTYPES[scheme.scale_storage].numpy)
+    beside = scheme.zeros_shape(weights.shape)
+    zeros = None if beside is None or scheme.zeros_dtype is None else allocate(beside, DTYPES[scheme.zeros_dtype].numpy)
     return QuantizedTensor(packed, scales, zeros, weights.shape, scheme, weights.dtype)
 
 
@@ -182,7 +189,9 @@ def quantize_blocks(
 
     Raises NonFiniteError and ScaleOverflowError; what the arrays hold then is of no use.
     """
-    if scheme.granularity == "tensor":
+    if scheme.granularity == "block" and len(blocks) > 1:
+        raise InputError(f"{name}: {scheme.id} has squares over several rows; give the weights in one piece")
+    if scheme.needs_range:
         _store(tensor_scale(blocks, scheme, backend=backend, name=name, shape=shape), scales, zeros, backend)
     findings, row = Findings(), 0
     for block in blocks:
@@ -190,9 +199,9 @@ def quantize_blocks(
         if scheme.granularity == "tensor":
             encode_rows(block, scheme, scales, zeros, packed[rows], backend=backend, name=name)
         else:
-            zero_rows = None if zeros is None else zeros[rows]
-            found = quantize_rows(block, scheme, packed[rows], scales[rows], zero_rows, backend=backend, name=name)
-            findings = merge(findings, found, row * block.shape[1], row * scales.shape[1])
+            parts = scale_rows(scheme, scales, zeros, rows)
+            found = quantize_rows(block, scheme, packed[rows], *parts, backend=backend, name=name)
+            findings = merge(findings, found, row * block.shape[1], scheme.scales_shape((row, 1))[0] * scales.shape[1])
         row += block.shape[0]
     check(findings, scheme, name=name, shape=shape)
 
@@ -208,7 +217,7 @@ def quantize_together(jobs: Sequence[Job], *, backend: Backend, name: str) -> li
 
 def is_direct(x: Any, scheme: Scheme, backend: Backend) -> bool:
     """Whether a host backend reads these rows in place and in one pass."""
-    return scheme.granularity != "tensor" and _computes_on_host(backend) and _is_readable(x) and x.flags.aligned
+    return not scheme.needs_range and _computes_on_host(backend) and _is_readable(x) and x.flags.aligned
 
 
 def quantize_rows(
@@ -229,27 +238,29 @@ def quantize_rows(
     `name` is what the ranges in a profile are called (trace.py); None, here and in the functions below, makes none.
     """
     findings = Findings()
-    for start, part in _readable(x, backend, name):
+    for start, part in _readable(x, backend, name, _row_unit(scheme)):
         rows = slice(start, start + part.shape[0])
-        outs = [packed[rows], scales[rows], None if zeros is None else zeros[rows]]
+        outs = [packed[rows], *scale_rows(scheme, scales, zeros, rows)]
         if _is_host(packed) and not _computes_on_host(backend):
             staged = [None if out is None else backend.empty(out.shape, out.dtype) for out in outs]
+            if zeros is not None and scheme.scale_rule == "global":
+                staged[2] = _put(zeros, backend, name)
             with trace.span("kernel", name, part.nbytes):
                 found = backend.quantize(part, scheme, *staged)
             for device_array, out in zip(staged, outs, strict=True):
-                if out is not None:
+                if out is not None and out is not zeros:
                     _get(device_array, out, backend, name)
         else:
             with trace.span("kernel", name, part.nbytes):
                 found = backend.quantize(part, scheme, *outs)
-        findings = merge(findings, found, start * x.shape[1], start * scales.shape[1])
+        findings = merge(findings, found, start * x.shape[1], scheme.scales_shape((start, 1))[0] * scales.shape[1])
     return findings
 
 
 def tensor_scale(
     blocks: Iterable[Any], scheme: Scheme, *, backend: Backend, name: str, shape: tuple[int, ...]
-) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
-    """The first pass of granularity tensor: one scale and zero point, host arrays of shape (1, 1), from row blocks.
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
+    """The first pass of schemes that need the range of all weights: see `solve_tensor`; from row blocks.
 
     Raises NonFiniteError and ScaleOverflowError for the whole tensor. An empty tensor has arrays of shape (0, 0).
     """
@@ -276,14 +287,15 @@ def range_of_rows(x: Any, *, backend: Backend, name: str | None = None) -> tuple
 
 def solve_tensor(
     low: float, high: float, scheme: Scheme, *, name: str, shape: tuple[int, ...]
-) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
-    """The scale and zero point, arrays (1, 1), of a tensor with this range; (0, 0) where it is empty.
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
+    """What the range of a whole tensor gives, arrays (1, 1), or (0, 0) where it is empty: its scale and zero point; or
+    (None, its global scale).
 
     Raises ScaleOverflowError.
     """
-    size = scheme.scales_shape(shape)
+    size = (1, 1) if math.prod(shape) else (0, 0)
     lowest, highest = np.full(size, low, np.float32), np.full(size, high, np.float32)
-    scales, zeros, overflow = reference.scales_and_zeros(lowest, highest, scheme)
+    scales, zeros, overflow = reference.solve(lowest, highest, scheme)
     check(overflow, scheme, name=name, shape=shape)
     return scales, zeros
 
@@ -335,6 +347,18 @@ def dequantize_rows(
             backend.dequantize(packed, scales, zeros, scheme, out)
 
 
+def scale_rows(scheme: Scheme, scales: Any, zeros: Any | None, rows: slice) -> tuple[Any, Any | None]:
+    """The part of scales and zeros, views, that belongs to these rows of weights; what is of the whole tensor as it is.
+
+    Of granularity block `rows` begins where a block does.
+    """
+    if scheme.granularity == "tensor":
+        return scales, zeros
+    if scheme.granularity == "block" and scheme.group_size:
+        rows = slice(rows.start // scheme.group_size, -(-rows.stop // scheme.group_size))
+    return scales[rows], zeros if zeros is None or scheme.scale_rule == "global" else zeros[rows]
+
+
 def merge(a: Findings, b: Findings, weights_before: int, scales_before: int) -> Findings:
     """Findings of a tensor so far, and of its next block that starts after so many weights and scales."""
     return Findings(
@@ -356,15 +380,15 @@ def check(findings: Findings, scheme: Scheme, *, name: str, shape: tuple[int, ..
 
 def check_tensor(q: QuantizedTensor) -> None:
     """Raise InputError unless the arrays of `q` have the shapes and dtypes that its shape and scheme call for."""
-    scale_dtype = DTYPES[q.scheme.scale_dtype].numpy
+    scale_dtype = DTYPES[q.scheme.scale_storage].numpy
     expected: list[tuple[str, Any, tuple[int, int], Any]] = [
         ("packed", q.packed, q.scheme.packed_shape(q.shape), np.dtype(np.uint8)),
         ("scales", q.scales, q.scheme.scales_shape(q.shape), scale_dtype),
     ]
-    if q.scheme.symmetric != (q.zeros is None):
-        raise InputError(f"zeros: {q.scheme.id} has {'no' if q.scheme.symmetric else 'a'} zero point per group")
-    if q.zeros is not None:
-        expected.append(("zeros", q.zeros, q.scheme.scales_shape(q.shape), np.dtype(np.uint8)))
+    if (q.scheme.zeros_dtype is None) != (q.zeros is None):
+        raise InputError(f"zeros: {q.scheme.id} has {'no' if q.zeros is not None else 'a'} zero point per group")
+    if (beside := q.scheme.zeros_shape(q.shape)) is not None and q.scheme.zeros_dtype is not None:
+        expected.append(("zeros", q.zeros, beside, DTYPES[q.scheme.zeros_dtype].numpy))
     for what, array, shape, dtype in expected:
         if tuple(array.shape) != shape or array.dtype != dtype:
             raise InputError(
@@ -398,8 +422,15 @@ def _resident(a: Any, backend: Backend, name: str | None) -> Any:
     return _put(np.require(a, requirements=["C", "A"]), backend, name) if _is_host(a) else a
 
 
-def _readable(x: Any, backend: Backend, name: str | None) -> Iterator[tuple[int, Any]]:
-    """(first row, rows) of `x` as the backend can read them: `x` itself where it can be read in place."""
+def _row_unit(scheme: Scheme) -> int:
+    """Rows that have scales in common."""
+    return scheme.group_size or 1 if scheme.granularity == "block" else 1
+
+
+def _readable(x: Any, backend: Backend, name: str | None, unit: int = 1) -> Iterator[tuple[int, Any]]:
+    """(first row, rows) of `x` as the backend can read them: `x` itself where it can be read in place, else blocks that
+    begin at a multiple of `unit`.
+    """
     if x.shape[0] == 0 or x.shape[1] == 0:
         return
     if not _is_host(x):
@@ -409,7 +440,7 @@ def _readable(x: Any, backend: Backend, name: str | None) -> Iterator[tuple[int,
         yield 0, x
         return
     dtype = x.dtype if from_numpy(x.dtype).name in KERNEL_DTYPES else np.dtype(np.float32)
-    step = max(1, BLOCK_BYTES // (x.shape[1] * dtype.itemsize))
+    step = max(1, BLOCK_BYTES // (x.shape[1] * dtype.itemsize * unit)) * unit
     for start in range(0, x.shape[0], step):
         part = x[start : start + step]
         with trace.span("read", name, part.nbytes):
@@ -432,9 +463,10 @@ def _device_float(x: Any) -> Any:
 
 
 def _store(
-    solved: tuple[NDArray[Any], NDArray[np.uint8] | None], scales: Any, zeros: Any | None, backend: Backend
+    solved: tuple[NDArray[Any] | None, NDArray[Any] | None], scales: Any, zeros: Any | None, backend: Backend
 ) -> None:
-    """Put a tensor's scale and zero point where its codes will be."""
-    scales[...] = solved[0] if _is_host(scales) else backend.put(solved[0])
-    if zeros is not None:
+    """Put what a first pass gave where the tensor's codes will be."""
+    if solved[0] is not None:
+        scales[...] = solved[0] if _is_host(scales) else backend.put(solved[0])
+    if zeros is not None and solved[1] is not None:
         zeros[...] = solved[1] if _is_host(zeros) else backend.put(solved[1])

@@ -79,6 +79,9 @@ class PlainSink:
         arrays = [codes.packed, codes.scales[once]]
         return arrays if codes.zeros is None else [*arrays, codes.zeros[once]]
 
+    def finish(self, entry: Entry) -> None:
+        """See `Sink`. Nothing follows from several pieces."""
+
     def commit(self) -> tuple[Path, ...]:
         return self.output.commit()
 

@@ -21,7 +21,8 @@ import pytest
 import arrowquant_gpu
 from arrowquant_gpu import reference
 from arrowquant_gpu.backends import cpu, cpu_kernels, cpu_vectors
-from arrowquant_gpu.backends.cpu import CpuBackend, _Task
+from arrowquant_gpu.backends.cpu import CpuBackend
+from arrowquant_gpu.backends.cpu_tasks import Task
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES
 from arrowquant_gpu.errors import DeviceError
 from arrowquant_gpu.reference import Findings
@@ -169,7 +170,7 @@ def test_an_interrupted_caller_leaves_no_thread_at_work() -> None:
         at_work.remove(begin)
 
     with pytest.raises(KeyboardInterrupt):
-        backend._share([_Task(1 << 24, 1, task)])
+        backend._share([Task(1 << 24, 1, task)])
     assert release.is_set()
     assert not at_work
     assert len(begun) <= 3  # one piece for each helper: no other was begun after the interrupt
@@ -180,7 +181,8 @@ def test_a_forked_child_computes_too() -> None:
         """
         import os, threading, warnings
         warnings.simplefilter("ignore")  # Python warns of any fork beside threads; this one is the point
-        from arrowquant_gpu.backends.cpu import CpuBackend, _Task
+        from arrowquant_gpu.backends.cpu import CpuBackend
+from arrowquant_gpu.backends.cpu_tasks import Task
         from arrowquant_gpu.schemes import Scheme
         from tests.cases import make
         from tests.test_backends import check
@@ -194,7 +196,7 @@ def test_a_forked_child_computes_too() -> None:
                 if (me := threading.get_ident()) not in seen:
                     seen.add(me)
                     both.wait(100)  # breaks if the child has no second thread
-            CpuBackend._share(backend, [_Task(1 << 19, 1, meet)])
+            CpuBackend._share(backend, [Task(1 << 19, 1, meet)])
             os._exit(42)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         """

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 # A unit is a module or package directly under arrowquant_gpu/. It may import units of lower layers.
 LAYERS = (
-    ("errors", "dtypes", "schemes", "trace"),
+    ("errors", "dtypes", "grids", "schemes", "trace"),
     ("arrow_values", "dlpack"),
     ("arrow_weights", "device_arrow", "pinned"),
     ("tensor", "reference", "arrow_columns"),
@@ -40,6 +40,7 @@ LAYER = {unit: n for n, layer in enumerate(LAYERS) for unit in layer}
 SIDEWAYS = {
     ("dtypes", "errors"),
     ("schemes", "errors"),
+    ("schemes", "grids"),
     ("trace", "errors"),
     ("arrow_columns", "tensor"),
     ("tensor", "arrow_columns"),

@@ -11,10 +11,10 @@ import contextlib
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -25,6 +25,7 @@ from ..errors import DeviceError
 from ..reference import Findings
 from ..schemes import Scheme
 from . import Job, cpu_kernels
+from .cpu_tasks import Task, address, family
 from .cpu_vectors import KINDS
 
 # Say how many threads a call uses at most; the first that is set counts. The second is what Rust programs are told by,
@@ -84,18 +85,20 @@ class CpuBackend:
         scheme: Scheme,
         packed: NDArray[np.uint8],
         scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
+        zeros: NDArray[Any] | None,
     ) -> Findings:
         return self.quantize_all([(x, scheme, packed, scales, zeros)])[0]
 
     def quantize_all(self, jobs: Sequence[Job]) -> list[Findings]:
         """`quantize` of several tensors, by arguments, shared among the threads as if they were one: see `Backend`."""
         findings: dict[int, Findings] = {}
-        tasks: dict[int, _Task] = {}
+        tasks: dict[int, Task] = {}
         for i, (x, scheme, packed, scales, zeros) in enumerate(jobs):
             rows, length = x.shape
             if x.size == 0:
                 findings[i] = Findings()
+            elif scheme.family != "int":
+                tasks[i] = family(scheme).coding(x, scheme, packed, scales, zeros, known=False)
             elif scheme.granularity == "channel" and length >= LONG_ROW and rows < 4 * self.threads:
                 findings[i] = self._long_rows(x, scheme, packed, scales, zeros)
             else:
@@ -119,10 +122,12 @@ class CpuBackend:
         x: NDArray[Any],
         scheme: Scheme,
         scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
+        zeros: NDArray[Any] | None,
         packed: NDArray[np.uint8],
     ) -> None:
-        if x.size:
+        if x.size and scheme.family != "int":
+            self._share([family(scheme).coding(x, scheme, packed, scales, zeros, known=True)])
+        elif x.size:
             unit = min(cpu_kernels.TILE, _whole_bytes(x.shape[1]))
             self._share([_coding(x, scheme, packed, scales, zeros, unit, known=True)])
 
@@ -130,20 +135,23 @@ class CpuBackend:
         self,
         packed: NDArray[np.uint8],
         scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
+        zeros: NDArray[Any] | None,
         scheme: Scheme,
         out: NDArray[Any],
     ) -> None:
         rows, length = out.shape
         if out.size == 0:
             return
+        if scheme.family != "int":
+            self._share([family(scheme).decoding(packed, scales, zeros, scheme, out)])
+            return
         kernel, unit = cpu_kernels.dequantize(), min(cpu_kernels.TILE, _whole_bytes(length))
         arguments = (
-            *(_address(packed), _address(scales), _address(zeros), _address(out)),
+            *(address(packed), address(scales), address(zeros), address(out)),
             *(length, scheme.group_length(length), _row_scales(scheme, scales), scheme.bits, int(scheme.symmetric)),
             *(KINDS[out.dtype.name], KINDS[scheme.scale_dtype], unit),
         )
-        self._share([_Task(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))])
+        self._share([Task(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))])
 
     def _long_rows(
         self,
@@ -151,7 +159,7 @@ class CpuBackend:
         scheme: Scheme,
         packed: NDArray[np.uint8],
         scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
+        zeros: NDArray[Any] | None,
     ) -> Findings:
         """`quantize` for few long rows of one scale each: all threads work on each row, first on its range."""
         bounds = np.array([self._extremes(row) for row in x])  # a row's scale is that of its two extremes
@@ -164,19 +172,19 @@ class CpuBackend:
 
     def _extremes(self, x: NDArray[Any]) -> NDArray[np.float32]:
         """min(0, lowest) and max(0, highest) of all of `x`; one of them is not finite where `x` is not."""
-        kernel, address, kind = cpu_kernels.value_range(), _address(x), KINDS[x.dtype.name]
-        [bounds] = self._share([_Task(x.size, 1, lambda begin, end: kernel(address, kind, begin, end))])
+        kernel, weights, kind = cpu_kernels.value_range(), address(x), KINDS[x.dtype.name]
+        [bounds] = self._share([Task(x.size, 1, lambda begin, end: kernel(weights, kind, begin, end))])
         low, high = (max(ends) for ends in zip(*bounds, strict=True))
         return np.array([0 if low == cpu_kernels.SIGN else low, high], np.uint32).view(np.float32)
 
     def _find(self, x: NDArray[Any]) -> Findings:
         """Count what is not finite: a second pass, over weights that are going to be refused."""
-        kernel, address, kind = cpu_kernels.find(), _address(x), KINDS[x.dtype.name]
-        [found] = self._share([_Task(x.size, 1, lambda begin, end: kernel(address, kind, begin, end))])
+        kernel, weights, kind = cpu_kernels.find(), address(x), KINDS[x.dtype.name]
+        [found] = self._share([Task(x.size, 1, lambda begin, end: kernel(weights, kind, begin, end))])
         first = min((first for _, _, first in found if first >= 0), default=-1)
         return Findings(sum(n for n, _, _ in found), sum(n for _, n, _ in found), first)
 
-    def _share(self, tasks: Sequence[_Task]) -> list[list[Any]]:
+    def _share(self, tasks: Sequence[Task]) -> list[list[Any]]:
         """For each task its results over pieces of its units, in any order."""
         n_units, n_weights = sum(t.n_units for t in tasks), sum(t.n_units * t.unit for t in tasks)
         helpers = min(self.threads, n_units, n_weights // SHARE) - 1
@@ -216,33 +224,25 @@ class CpuBackend:
         return self._pool[1]
 
 
-class _Task(NamedTuple):
-    """Work on so many units of `unit` weights: run(begin, end) does those from begin up to end."""
-
-    n_units: int
-    unit: int
-    run: Callable[[int, int], Any]
-
-
 def _coding(
     x: NDArray[Any],
     scheme: Scheme,
     packed: NDArray[np.uint8],
     scales: NDArray[Any],
-    zeros: NDArray[np.uint8] | None,
+    zeros: NDArray[Any] | None,
     unit: int,
     *,
     known: bool,
-) -> _Task:
+) -> Task:
     """The quantize kernel on a tensor."""
     rows, length = x.shape
     kernel = cpu_kernels.quantize()
     arguments = (
-        *(_address(x), _address(packed), _address(scales), _address(zeros)),
+        *(address(x), address(packed), address(scales), address(zeros)),
         *(length, scheme.group_length(length), _row_scales(scheme, scales), scheme.bits, int(scheme.symmetric)),
         *(KINDS[from_numpy(x.dtype).name], KINDS[scheme.scale_dtype], int(known), unit),
     )
-    return _Task(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))
+    return Task(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, begin, end))
 
 
 def _overflows(results: Sequence[tuple[bool, int, int]]) -> Findings | None:
@@ -261,10 +261,6 @@ def _default_threads() -> int:
                 raise DeviceError(f"{variable} is {text!r}: it must be a number, 1 or more")
             return int(text)
     return getattr(os, "process_cpu_count", lambda: len(os.sched_getaffinity(0)))() or 1
-
-
-def _address(a: NDArray[Any] | None) -> int:
-    return 0 if a is None else a.__array_interface__["data"][0]
 
 
 def _whole_bytes(length: int) -> int:

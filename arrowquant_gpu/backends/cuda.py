@@ -20,7 +20,7 @@ from ..dtypes import from_numpy
 from ..errors import DeviceError, DeviceMemoryError
 from ..reference import Findings
 from ..schemes import Scheme
-from . import Job, nvrtc, variants
+from . import Job, launches, nvrtc, variants
 from . import counters as counted
 from .counters import COUNTERS
 from .variants import Variant
@@ -155,6 +155,9 @@ class CudaBackend:
         """`quantize` without waiting for it: what it finds is added to `counters`, uint64 [COUNTERS] on the device."""
         if x.size == 0:
             return
+        if scheme.family != "int":
+            self._run(launches.family(scheme.family).quantize(x, scheme, packed, scales, zeros, counters))
+            return
         cut = _Cut.into_groups(x.shape, scheme)
         variant = variants.quantize(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name, cut.group)
         with current(self._index):
@@ -172,12 +175,18 @@ class CudaBackend:
         """Write codes with scales that are already known; does not wait."""
         if x.size == 0:
             return
+        if scheme.family != "int":
+            self._run(launches.family(scheme.family).encode(x, scheme, scales, zeros, packed))
+            return
         variant = variants.encode(scheme.bits, scheme.symmetric, from_numpy(x.dtype).name)
         with current(self._index):
             self._write_codes(variant, _Cut.into_pieces(x.shape, scheme), x, scheme, packed, scales, zeros, None)
 
     def dequantize(self, packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any) -> None:
         if out.size == 0:
+            return
+        if scheme.family != "int":
+            self._run(launches.family(scheme.family).dequantize(packed, scales, zeros, scheme, out))
             return
         cut = _Cut.into_pieces(out.shape, scheme)
         variant = variants.dequantize(scheme.bits, scheme.symmetric, from_numpy(out.dtype).name)
@@ -208,6 +217,10 @@ class CudaBackend:
             lanes = cut.warp_lanes(8) if cut.run <= _WARP_WEIGHTS else BLOCK
         args = (x, packed, scales, zeros, counters, *cut.args(scheme), np.int32(lanes))
         self._launch(variant, cut.n_runs, BLOCK // lanes, *args)
+
+    def _run(self, launch: launches.Launch) -> None:
+        with current(self._index):
+            self._launch(launch.variant, launch.n_units, launch.units_per_block, *launch.args)
 
     def _launch(self, variant: Variant, n_units: int, units_per_block: int, *args: Any) -> None:
         """Run a kernel over `n_units` units of work on the current stream; it loops where the grid is smaller."""

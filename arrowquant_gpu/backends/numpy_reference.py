@@ -35,11 +35,12 @@ class ReferenceBackend:
         scheme: Scheme,
         packed: NDArray[np.uint8],
         scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
+        zeros: NDArray[Any] | None,
     ) -> Findings:
-        packed[...], scales[...], zero_points, findings = reference.quantize(x, scheme)
-        if zeros is not None and zero_points is not None:  # both or neither
-            zeros[...] = zero_points
+        known = zeros if scheme.scale_rule == "global" else None
+        packed[...], scales[...], found, findings = reference.quantize(x, scheme, known)
+        if zeros is not None and known is None:
+            zeros[...] = found
         return findings
 
     def quantize_all(self, jobs: Sequence[Job]) -> list[Findings]:
@@ -58,16 +59,16 @@ class ReferenceBackend:
         x: NDArray[Any],
         scheme: Scheme,
         scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
+        zeros: NDArray[Any] | None,
         packed: NDArray[np.uint8],
     ) -> None:
-        packed[...] = reference.pack(reference.encode(reference.to_float32(x), scales, zeros, scheme), scheme.bits)
+        packed[...] = reference.encode_packed(reference.to_float32(x), scales, zeros, scheme)
 
     def dequantize(
         self,
         packed: NDArray[np.uint8],
         scales: NDArray[Any],
-        zeros: NDArray[np.uint8] | None,
+        zeros: NDArray[Any] | None,
         scheme: Scheme,
         out: NDArray[Any],
     ) -> None:

@@ -31,7 +31,7 @@ class Load:
     """What a slot works on at a time: pieces that follow each other in one source file, without a gap.
 
     offset, n_bytes: their bytes in `file`
-    is_range: the first pass over tensors of granularity tensor, which only looks for the extremes
+    is_range: the first pass over tensors whose scheme needs the range of all of them, which only looks for the extremes
     """
 
     file: Path
@@ -41,8 +41,9 @@ class Load:
     is_range: bool = False
 
 
-# The scale and zero point, arrays (1, 1), of a tensor of granularity tensor, once its first pass is done.
-Solved = tuple[NDArray[Any], NDArray[np.uint8] | None]
+# What a first pass gives, arrays (1, 1): scale and zero point of a tensor of granularity tensor; (None, the global
+# scale) of a tensor that has one.
+Solved = tuple[NDArray[Any] | None, NDArray[Any] | None]
 
 
 class Result(NamedTuple):
@@ -79,7 +80,7 @@ class Slot(Protocol):
     def run(self, load: Load, solved: Mapping[str, Solved]) -> Generator[Result, None, None]:
         """Bring a load through the device; results come in the order of its pieces.
 
-        `solved` has the tensors of granularity tensor by name. The load fits `sizes`. An iterator that is closed
+        `solved` has the tensors that need a first pass, by name. The load fits `sizes`. An iterator that is closed
         early, or raises, leaves the slot ready for another load, and nothing of this one under way.
 
         Raises SourceError and DeviceError.

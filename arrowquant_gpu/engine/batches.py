@@ -13,7 +13,7 @@ from ..errors import DeviceError
 from ..formats.pieces import Piece
 from ..schemes import Scheme
 from . import Load
-from .loads import ALIGNMENT, sizes, up
+from .loads import ALIGNMENT, result_bytes, sizes, up
 
 Stage = Literal["h2d", "kernel", "d2h"]
 
@@ -29,7 +29,8 @@ class Placed:
 
     input: of its weights in the device input; where they are converted, in the part for those
     codes: of its codes, scales and zero points in the results
-    given: the part of the results that holds scales and zero points which are known and go up with the weights
+    given: the part of the results that holds scales, zero points or a global scale which are known and go up with the
+        weights
     counter: the number of its counters, if it has any
     """
 
@@ -107,10 +108,12 @@ class Batch:
         codes, given, counter = self.n_codes, None, None
         if not load.is_range:
             self.n_codes += need.results - ALIGNMENT
-        if scheme.granularity == "tensor" and not load.is_range:
-            rows, n = scheme.packed_shape((piece.rows, piece.columns))
-            given = slice(codes + up(rows * n), self.n_codes)
-        else:
+        if scheme.needs_range and not load.is_range:
+            parts = result_bytes(piece)
+            # Of a tensor with one scale that scale is given, and what is beside it; of others the latter alone.
+            first = 1 if scheme.granularity == "tensor" else 2
+            given = slice(codes + sum(map(up, parts[:first])), self.n_codes)
+        if scheme.granularity != "tensor" or load.is_range:
             counter = self.n_counters
             self.n_counters += 1
         return Placed(at, need.converted > 0, codes, given, counter)

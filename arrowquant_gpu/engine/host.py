@@ -81,9 +81,11 @@ class HostSlot:
         assert scheme is not None
         packed, scales, zeros = codes_in(self._results, piece)
         if scheme.granularity == "tensor":
-            scales, zeros = solved[name]
-            ops.encode_rows(x, scheme, scales, zeros, packed, backend=self._backend)
-            return Codes(packed, scales, zeros), Findings()
+            scale, zeros = solved[name]
+            ops.encode_rows(x, scheme, scale, zeros, packed, backend=self._backend)
+            return Codes(packed, scale if scale is not None else scales, zeros), Findings()
+        if scheme.needs_range:
+            zeros = solved[name][1]
         findings = ops.quantize_rows(x, scheme, packed, scales, zeros, backend=self._backend)
         return Codes(packed, scales, zeros), findings
 
@@ -97,10 +99,11 @@ def codes_in(results: Any, piece: Piece, at: int = 0) -> Codes:
     """Arrays for the results of a piece, one after the other from position `at` of a buffer on the host or a device."""
     scheme = piece.entry.scheme
     assert scheme is not None
-    packed, scales = (of((piece.rows, piece.columns)) for of in (scheme.packed_shape, scheme.scales_shape))
-    parts: list[tuple[tuple[int, int], Any]] = [(packed, np.uint8), (scales, DTYPES[scheme.scale_dtype].numpy)]
-    if not scheme.symmetric:
-        parts.append((scales, np.uint8))
+    whole = piece.rows, piece.columns
+    parts: list[tuple[tuple[int, int], Any]] = [(scheme.packed_shape(whole), np.uint8)]
+    parts.append((scheme.scales_shape(whole), DTYPES[scheme.scale_storage].numpy))
+    if (zeros := scheme.zeros_shape(whole)) is not None and scheme.zeros_dtype is not None:
+        parts.append((zeros, DTYPES[scheme.zeros_dtype].numpy))
     arrays = []
     for shape, dtype in parts:
         n = math.prod(shape) * np.dtype(dtype).itemsize

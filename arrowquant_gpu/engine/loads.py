@@ -26,13 +26,19 @@ def sizes(piece: Piece) -> Sizes:
     scheme = piece.entry.scheme
     if scheme is None:
         return Sizes(piece.n_bytes, 0)
-    shape = piece.rows, piece.columns
-    n_scales = math.prod(scheme.scales_shape(shape))
-    parts = [math.prod(scheme.packed_shape(shape)), n_scales * DTYPES[scheme.scale_dtype].bits // 8, ALIGNMENT]
-    if not scheme.symmetric:
-        parts.append(n_scales)
     converted = 4 * piece.rows * piece.columns if is_converted(piece) else 0
-    return Sizes(piece.n_bytes, sum(map(up, parts)), converted)
+    return Sizes(piece.n_bytes, sum(map(up, [*result_bytes(piece), ALIGNMENT])), converted)
+
+
+def result_bytes(piece: Piece) -> list[int]:
+    """Bytes of the codes and scales of a quantized piece, and of what is stored beside them, if anything is."""
+    scheme, shape = piece.entry.scheme, (piece.rows, piece.columns)
+    assert scheme is not None
+    parts = [math.prod(scheme.packed_shape(shape))]
+    parts.append(math.prod(scheme.scales_shape(shape)) * DTYPES[scheme.scale_storage].bits // 8)
+    if (zeros := scheme.zeros_shape(shape)) is not None and scheme.zeros_dtype is not None:
+        parts.append(math.prod(zeros) * DTYPES[scheme.zeros_dtype].bits // 8)
+    return parts
 
 
 class Queue:

@@ -81,6 +81,9 @@ class _Tensor:
         self.findings = [Findings()] * len(pieces)
         self.errors: list[Errors | None] = [None] * len(pieces)
         self.bounds: list[tuple[float, float]] = []
+        self.is_bounded = False
+        has_global = entry.scheme is not None and entry.scheme.scale_rule == "global"
+        self.shared = entry.shared if has_global else ""
         self.files: set[str] = set()
         self.finished: Finished | None = None
 
@@ -93,7 +96,9 @@ class _Tensor:
         groups = scheme.scales_shape(info.shape)[1]
         found = Findings()
         for piece, part in zip(self.pieces, self.findings, strict=True):
-            scales_before = piece.row * groups + piece.column // scheme.group_length(length)
+            scales_before = scheme.scales_shape((piece.row, 1))[0] * groups + piece.column // scheme.group_length(
+                length
+            )
             found = ops.merge(found, part, piece.row * length + piece.column, scales_before)
         ops.check(found, scheme, name=info.name, shape=info.shape)
 
@@ -134,6 +139,10 @@ class _Work:
     ) -> None:
         self.sink, self.output, self.journal, self.validate = sink, output, journal, validate
         self.tensors = {e.info.name: _Tensor(e, sink.pieces(e)) for e in entries}
+        self.together: dict[str, list[_Tensor]] = {}
+        for tensor in self.tensors.values():
+            if tensor.shared:
+                self.together.setdefault(tensor.shared, []).append(tensor)
         self.total = sum(e.info.n_bytes for e in entries)
         self.n_slots = self.n_serving = n_slots
         self.solved: dict[str, Solved] = {}
@@ -152,12 +161,15 @@ class _Work:
             with no_interrupt():
                 intact = pool.map(self._is_intact, known)
             kept = {t.entry.info.name for t, is_intact in zip(known, intact, strict=True) if is_intact}
+        # Tensors that share a global scale are done together: it is that of the range of all of them.
+        begun = {t.shared for name, t in self.tensors.items() if name not in kept}
+        kept = {name for name in kept if not (shared := self.tensors[name].shared) or shared not in begun}
         for name in kept:
             tensor = self.tensors[name]
             tensor.finished = self.journal.finished[name]
             self.done = _Done(self.done.n_bytes + tensor.entry.info.n_bytes, name)
         rest = [t for name, t in self.tensors.items() if name not in kept]
-        two_pass = {t.entry.info.name for t in rest if t.entry.scheme and t.entry.scheme.granularity == "tensor"}
+        two_pass = {t.entry.info.name for t in rest if t.entry.scheme and t.entry.scheme.needs_range}
         self.queue = Queue([t.pieces for t in rest], two_pass, self.n_slots)
 
     def _is_intact(self, tensor: _Tensor) -> bool:
@@ -189,20 +201,28 @@ class _Work:
                 self._lock.notify_all()
 
     def _bound(self, result: Result) -> None:
-        """Take in a piece of a first pass; the last one of a tensor gives its scale."""
+        """Take in a piece of a first pass; the last one of a tensor, or of all that share a scale, gives that."""
         tensor, info = self.tensors[result.piece.entry.info.name], result.piece.entry.info
         scheme = result.piece.entry.scheme
         assert scheme is not None
         assert result.bounds is not None
+        together = self.together.get(tensor.shared, [tensor])
         with self._lock:
             tensor.findings[result.piece.number] = result.findings
             tensor.bounds.append(result.bounds)
             if len(tensor.bounds) < len(tensor.pieces):
                 return
+            tensor.is_bounded = True
+            is_last = all(t.is_bounded for t in together)
         tensor.check()
-        low, high = min(b[0] for b in tensor.bounds), max(b[1] for b in tensor.bounds)
-        self.solved[info.name] = ops.solve_tensor(low, high, scheme, name=info.name, shape=info.shape)
-        self.queue.second_pass(tensor.pieces)
+        if not is_last:
+            return
+        low = min(b[0] for t in together for b in t.bounds)
+        high = max(b[1] for t in together for b in t.bounds)
+        solved = ops.solve_tensor(low, high, scheme, name=info.name, shape=info.shape)
+        for t in together:
+            self.solved[t.entry.info.name] = solved
+            self.queue.second_pass(t.pieces)
 
     def _store(self, result: Result) -> None:
         """Write a piece, and finish its tensor with the last one."""
@@ -221,6 +241,7 @@ class _Work:
             is_last = tensor.n_left == 0
         if is_last:
             tensor.check()
+            self.sink.finish(tensor.entry)
             tensor.finished = Finished(name, tensor_hash(tensor.digests), tensor.figures())
             self.journal.add(tensor.finished, tensor.files)
         with self._lock:

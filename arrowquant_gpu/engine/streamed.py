@@ -301,7 +301,7 @@ class StreamedSlot:
             self._streams.value_range(x, batch.counters(self._device_results, placed))
             return
         packed, scales, zeros = codes_in(self._device_results, piece, placed.codes)
-        if placed.given is not None:
+        if placed.counter is None:
             self._streams.encode(x, scheme, scales, zeros, packed)
         else:
             self._streams.quantize(x, scheme, packed, scales, zeros, batch.counters(self._device_results, placed))
@@ -353,7 +353,8 @@ class _Layout:
 
 
 def _give(codes: Codes, solved: Solved) -> None:
-    codes.scales[...] = solved[0]
+    if solved[0] is not None:
+        codes.scales[...] = solved[0]
     if codes.zeros is not None and solved[1] is not None:
         codes.zeros[...] = solved[1]
 

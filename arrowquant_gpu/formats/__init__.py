@@ -52,20 +52,24 @@ class Diffusion:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What happens to one tensor: quantized with `scheme`, or, where that is None, copied as it is; and why."""
+    """What happens to one tensor: quantized with `scheme`, or, where that is None, copied as it is; and why.
+
+    Tensors with the same `shared`, unless that is empty, have one global scale, where their scheme has one at all.
+    """
 
     info: TensorInfo
     scheme: Scheme | None
     reason: str
     diffusion: Diffusion | None = None
+    shared: str = ""
 
 
 class Codes(NamedTuple):
-    """What a piece [rows, columns] was quantized to, as QuantizedTensor holds it; granularity tensor: scales (1, 1)."""
+    """What a piece [rows, columns] was quantized to, as QuantizedTensor holds it; what is of the whole tensor is (1, 1)."""
 
     packed: NDArray[np.uint8]
     scales: NDArray[Any]
-    zeros: NDArray[np.uint8] | None
+    zeros: NDArray[Any] | None
 
 
 class Checkpoint(Protocol):
@@ -145,6 +149,10 @@ class Sink(Protocol):
 
         `codes` are the bytes themselves where the tensor is copied.
         """
+        ...
+
+    def finish(self, entry: Entry) -> None:
+        """All pieces of this tensor are written: write what follows from all of them together, if anything does."""
         ...
 
     def commit(self) -> tuple[Path, ...]:

@@ -29,13 +29,11 @@ from ..errors import SchemeError, SourceError
 from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo, safetensors
+from .model_sink import INDEX, RECORD
 from .output import MANIFEST
 
 # The widths whose packing every version of the readers agrees on, and which divide a 32-bit word.
 BITS = (2, 4, 8)
-INDEX = "model.safetensors.index.json"
-# Key of config.json under which the sink says how the weights were made.
-RECORD = "arrowquant"
 _BLOCK_BYTES = 16 << 20
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +13,10 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import FormatError
 from ..schemes import Scheme
-from . import Checkpoint, Codes, Entry, Place, TensorInfo, safetensors
-from .compressed_tensors import BITS, INDEX, RECORD, n_words, stored_tensors
-from .model_directory import copy_side_files, write_json
-from .output import MANIFEST, Output
-from .pieces import Cut, Piece, pieces
+from . import Codes, Entry, Place, TensorInfo
+from .compressed_tensors import BITS, n_words, stored_tensors
+from .model_sink import ModelSink
+from .pieces import Cut, Piece
 
 # Linear layers of these models are transformers' Conv1D modules, [in, out], which the readers do not match.
 CONV1D_MODELS = frozenset({"gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp"})
@@ -35,20 +32,10 @@ _HEAD = re.compile(r"(?:^|\.)(?:lm_head|lm_head\.decoder|predictions\.decoder|em
 _TIED_HEAD = r"re:(?:.*\.)?(?:lm_head|predictions|embed_out|vocab_projector|lm_loss|generator_lm_head)(?:\..*)?$"
 
 
-class CompressedTensorsSink:
-    """Writes a model directory. `config` is the source's config.json, without which there is nothing to write into."""
+class CompressedTensorsSink(ModelSink):
+    """Writes a model directory. See `ModelSink`."""
 
     format = "compressed-tensors"
-
-    def __init__(self, output: Output, config: Mapping[str, Any] | None) -> None:
-        if config is None:
-            raise FormatError(
-                "compressed-tensors needs a model directory with config.json, where the quantization is described; "
-                "use --format parquet or arrow for a lone file"
-            )
-        self._output = output
-        self._config = config
-        self._places: dict[str, tuple[str, int]] = {}
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """The scheme with scales in the weights' own dtype. See `Sink`."""
@@ -74,7 +61,7 @@ class CompressedTensorsSink:
                 "an embedding, whose codes the readers of compressed-tensors do not decode; --format parquet or arrow "
                 "carries it"
             )
-        if self._config.get("model_type") in CONV1D_MODELS and _CONV1D.search(info.name):
+        if self.config.get("model_type") in CONV1D_MODELS and _CONV1D.search(info.name):
             raise FormatError(
                 "a Conv1D module with transposed weights, which compressed-tensors does not know; "
                 "--format parquet or arrow carries it"
@@ -93,54 +80,24 @@ class CompressedTensorsSink:
             )
         return dataclasses.replace(scheme, scale_dtype=info.dtype)
 
-    def n_bytes(self, entry: Entry) -> int:
-        """Bytes of all tensors of this entry, without their part of the header. See `Sink`."""
-        return sum(_n_bytes(dtype, shape) for dtype, shape in stored_tensors(entry.info, entry.scheme).values())
+    def tensors(self, entry: Entry) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """See `ModelSink`."""
+        return stored_tensors(entry.info, entry.scheme)
 
-    def pieces(self, entry: Entry) -> list[Piece]:
-        """See `Sink`. A word holds the zero points of 32 / bits rows, so these stay together."""
+    def cut(self, entry: Entry) -> Cut:
+        """A word holds the zero points of 32 / bits rows, so these stay together. See `ModelSink`."""
         scheme = entry.scheme
         if scheme is None or scheme.symmetric:
-            return pieces(entry, Cut(within_rows=True))
-        return pieces(entry, Cut(rows=32 // scheme.bits))
+            return Cut(within_rows=True)
+        return Cut(rows=32 // scheme.bits)
 
-    def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
-        """Make every file of the output in its final size, all but the weights in their final content. See `Sink`."""
-        out = self._output
-        self._copy_side_files(source, provenance)
-        write_json(out, "config.json", self._config_of(entries, provenance))
-        # One output file per source file: what lay together stays together, and no plan of sizes is needed.
-        sources = list(dict.fromkeys(e.info.file for e in entries))
-        weight_map: dict[str, str] = {}
-        total = 0
-        for i, file in enumerate(sources):
-            name = "model.safetensors" if len(sources) == 1 else f"model-{i + 1:05d}-of-{len(sources):05d}.safetensors"
-            stored = [
-                (tensor, dtype, shape)
-                for e in entries
-                if e.info.file == file
-                for tensor, (dtype, shape) in stored_tensors(e.info, e.scheme).items()
-            ]
-            record = {f"{RECORD}.{key}": value for key, value in provenance.items()}
-            header, places = safetensors.layout(stored, {**source.metadata, "format": "pt", **record})
-            out.create(name, max([len(header), *(end for _, end in places.values())]))
-            out.write(name, 0, np.frombuffer(header, np.uint8))
-            self._places |= {tensor: (name, begin) for tensor, (begin, _) in places.items()}
-            weight_map |= dict.fromkeys(places, name)
-            total += sum(end - begin for begin, end in places.values())
-        if len(sources) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(out, INDEX, index)
-        for entry in entries:
-            if entry.scheme is not None:
-                place = self._place(_module(entry) + ".weight_shape", 0, 16)
-                out.write(place.file, place.offset, np.array(entry.info.shape, "<i8"))
+    def fill(self, entry: Entry) -> None:
+        """The shape, which is known before any weight is read. See `ModelSink`."""
+        self.put(_module(entry) + ".weight_shape", np.array(entry.info.shape, "<i8"))
 
-    def places(self, piece: Piece) -> list[Place]:
-        """See `Sink`."""
-        entry, scheme = piece.entry, piece.entry.scheme
-        if scheme is None:
-            return [self._place(entry.info.name, piece.column, piece.n_bytes)]
+    def quantized_places(self, piece: Piece, scheme: Scheme) -> list[Place]:
+        """See `ModelSink`."""
+        entry = piece.entry
         module, length = _module(entry), entry.info.shape[1]
         row_bytes, group = 4 * n_words(length, scheme.bits), scheme.group_length(length)
         column_bytes = piece.column * scheme.bits // 8
@@ -151,8 +108,8 @@ class CompressedTensorsSink:
         groups = -(-length // group)
         n_scales = piece.rows * -(-piece.columns // group)
         found = [
-            self._place(module + ".weight_packed", piece.row * row_bytes + column_bytes, n_codes),
-            self._place(
+            self.place(module + ".weight_packed", piece.row * row_bytes + column_bytes, n_codes),
+            self.place(
                 module + ".weight_scale",
                 (piece.row * groups + piece.column // group) * scale_bytes,
                 n_scales * scale_bytes,
@@ -160,15 +117,11 @@ class CompressedTensorsSink:
         ]
         if not scheme.symmetric:
             first, n = piece.row * scheme.bits // 32, n_words(piece.rows, scheme.bits)
-            found.append(self._place(module + ".weight_zero_point", first * groups * 4, n * groups * 4))
+            found.append(self.place(module + ".weight_zero_point", first * groups * 4, n * groups * 4))
         return found
 
-    def stored(self, piece: Piece, codes: Codes | NDArray[np.uint8]) -> list[NDArray[Any]]:
-        """See `Sink`."""
-        if not isinstance(codes, Codes):
-            return [codes]
-        scheme = piece.entry.scheme
-        assert scheme is not None
+    def quantized_arrays(self, piece: Piece, scheme: Scheme, codes: Codes) -> list[NDArray[Any]]:
+        """See `ModelSink`."""
         packed, length = codes.packed, piece.entry.info.shape[1]
         if piece.column + piece.columns == length:
             wanted = 4 * n_words(length, scheme.bits) - piece.column * scheme.bits // 8
@@ -179,22 +132,12 @@ class CompressedTensorsSink:
             arrays.append(_zero_words(codes.zeros, scheme.bits))
         return arrays
 
-    def commit(self) -> tuple[Path, ...]:
-        """See `Sink`."""
-        return self._output.commit()
+    def described(self, provenance: Mapping[str, str]) -> str:
+        """See `ModelSink`."""
+        return f"{provenance.get('scheme', 'integers')}, in the format pack-quantized of compressed-tensors"
 
-    def _place(self, tensor: str, offset: int, n_bytes: int) -> Place:
-        file, begin = self._places[tensor]
-        return Place(file, begin + offset, n_bytes)
-
-    def _copy_side_files(self, source: Checkpoint, provenance: dict[str, str]) -> None:
-        summary = (
-            f"Weights quantized to {provenance.get('scheme', 'integers')} with arrowquant_gpu, in the format "
-            f"pack-quantized of compressed-tensors. What was done to each tensor is in `{MANIFEST}`."
-        )
-        copy_side_files(self._output, source, provenance, summary, without=("config.json", INDEX))
-
-    def _config_of(self, entries: Sequence[Entry], provenance: dict[str, str]) -> dict[str, Any]:
+    def quantization(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """See `ModelSink`."""
         modules: dict[Scheme, list[str]] = {}
         for e in entries:
             if e.scheme is not None:
@@ -209,11 +152,11 @@ class CompressedTensorsSink:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-            "ignore": ignore_list(entries, self._config),
+            "ignore": ignore_list(entries, self.config),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-        return {**self._config, "quantization_config": quantization, RECORD: dict(provenance)}
+        return {"quantization_config": quantization}
 
 
 def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -260,10 +203,6 @@ def ignore_list(entries: Sequence[Entry], config: Mapping[str, Any]) -> list[str
 
 def _module(entry: Entry) -> str:
     return entry.info.name.removesuffix(".weight")
-
-
-def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) * DTYPES[dtype].bits // 8)
 
 
 def _zero_words(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

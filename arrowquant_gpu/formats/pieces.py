@@ -61,7 +61,7 @@ def pieces(entry: Entry, cut: Cut) -> list[Piece]:
         return [Piece(entry, i, 0, 1, at, n, info.offset + at, n) for i, (at, n) in enumerate(spans)]
     rows, length = rows_and_length(info.shape)
     width = DTYPES[info.dtype].bits // 8
-    if rows and cut.within_rows and scheme.granularity != "channel" and length * width > PIECE_BYTES:
+    if rows and cut.within_rows and scheme.granularity in ("group", "tensor") and length * width > PIECE_BYTES:
         # Codes of a multiple of 8 weights fill whole bytes at every width.
         unit = math.lcm(8, scheme.group_size or 8)
         step = max(unit, PIECE_BYTES // width // unit * unit)
@@ -69,7 +69,8 @@ def pieces(entry: Entry, cut: Cut) -> list[Piece]:
         sizes = [(1, min(step, length - column)) for _, column in corners]
     else:
         whole = max(1, PIECE_BYTES // max(1, length * width))
-        step = max(1, whole // cut.rows) * cut.rows
+        unit = math.lcm(cut.rows, scheme.group_size or 1) if scheme.granularity == "block" else cut.rows
+        step = max(1, whole // unit) * unit
         corners = [(row, 0) for row in range(0, rows, step)] or [(0, 0)]
         sizes = [(min(step, rows - row), length) for row, _ in corners]
     return [

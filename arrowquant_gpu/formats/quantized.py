@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import trace
 from ..errors import SourceError
+from ..ops import scale_rows
 from ..schemes import rows_and_length
 from ..tensor import QuantizedTensor
 from . import QuantizedCheckpoint
@@ -84,14 +85,13 @@ def pieces(
 
 def _cut(q: QuantizedTensor, n_weights: int) -> Iterator[QuantizedTensor]:
     rows, length = rows_and_length(q.shape)
-    step = max(1, n_weights // max(1, length))
+    unit = q.scheme.group_size or 1 if q.scheme.granularity == "block" else 1
+    step = max(1, n_weights // max(1, length * unit)) * unit
     for row in range(0, rows, step):
         part = slice(row, min(row + step, rows))
-        scales, zeros = q.scales, q.zeros
-        if q.scheme.granularity != "tensor":
-            scales, zeros = scales[part], None if zeros is None else zeros[part]
+        scales, zeros = scale_rows(q.scheme, q.scales, q.zeros, part)
         whole = QuantizedTensor(q.packed[part], scales, zeros, (part.stop - row, length), q.scheme, q.dtype)
-        if length <= n_weights:
+        if length <= n_weights or q.scheme.granularity == "block":
             yield whole
         else:
             yield from _cut_row(whole, n_weights)
@@ -99,12 +99,12 @@ def _cut(q: QuantizedTensor, n_weights: int) -> Iterator[QuantizedTensor]:
 
 def _cut_row(q: QuantizedTensor, n_weights: int) -> Iterator[QuantizedTensor]:
     """One long row in parts that begin with a whole byte and a whole group."""
-    length, bits, group = q.shape[1], q.scheme.bits, q.scheme.group_size
+    length, group = q.shape[1], q.scheme.group_size
     unit = math.lcm(8, group or 1)
     step = max(unit, n_weights // unit * unit)
     for start in range(0, length, step):
         stop = min(start + step, length)
-        packed = q.packed[:, start * bits // 8 : -(-stop * bits // 8)]
+        packed = q.packed[:, q.scheme.row_bytes(start) : q.scheme.row_bytes(stop)]
         groups = slice(None) if group is None else slice(start // group, -(-stop // group))
-        zeros = None if q.zeros is None else q.zeros[:, groups]
+        zeros = q.zeros if q.zeros is None or q.scheme.scale_rule == "global" else q.zeros[:, groups]
         yield QuantizedTensor(packed, q.scales[:, groups], zeros, (1, stop - start), q.scheme, q.dtype)

@@ -138,6 +138,10 @@ class RowSink(abc.ABC):
             arrays[2] = arrays[2].astype(self._zero_point, copy=False)
         return [*arrays, np.frombuffer(digest.encode(), np.uint8)]
 
+    def finish(self, entry: Entry) -> None:
+        """See `Sink`. Nothing follows from several pieces."""
+        return
+
     def commit(self) -> tuple[Path, ...]:
         """Compress the files if that was asked for, and commit the output. See `Sink`."""
         if self.compression is not None:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..errors import FormatError
 
 
 class Target(NamedTuple):
-    """Whether a format is a directory, which has place for the side files, and what it can be compressed with."""
+    """One format.
+
+    is_directory: whether it is a directory, which has place for the side files
+    sink: module of formats/ and class that write it
+    scheme: the default: what the strictest engine accepts
+    is_model: whether it needs the config.json of a model, and takes `names` and `max_shard_size`
+    options: what can be chosen with --format-option, with the values that there are, the default first; () for any
+    compressions: what it can be compressed with
+    """
 
     is_directory: bool
+    sink: str
+    scheme: str = "int4_g128"
+    is_model: bool = False
+    options: Mapping[str, tuple[str, ...]] = {}
     compressions: tuple[str, ...] = ()
 
 
 TARGETS: Mapping[str, Target] = {
-    "compressed-tensors": Target(is_directory=True),
-    "parquet": Target(is_directory=False, compressions=("zstd",)),
-    "parquet-tensors": Target(is_directory=True, compressions=("zstd",)),
-    "arrow": Target(is_directory=False, compressions=("zstd",)),
+    "compressed-tensors": Target(True, "compressed_tensors_sink:CompressedTensorsSink", is_model=True),
+    "parquet": Target(False, "parquet:ParquetSink", compressions=("zstd",)),
+    "parquet-tensors": Target(True, "parquet_tensors:ParquetTensorsSink", compressions=("zstd",)),
+    "arrow": Target(False, "arrow_ipc:ArrowSink", compressions=("zstd",)),
 }
 
 
@@ -40,3 +53,43 @@ def target(format_name: str, compression: str | None = None) -> Target:
         way_out = f"--format {able} can" if able else f"choose {' or '.join(known)}"
         raise FormatError(f"{format_name} cannot be written with compression {compression!r}; {way_out}")
     return found
+
+
+def open_sink(
+    format_name: str,
+    output: Any,
+    config: Mapping[str, Any] | None,
+    names: Sequence[str] = (),
+    *,
+    compression: str | None = None,
+    max_shard_size: int | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Any:
+    """The sink of a format, writing into `output`; see `Sink`. Nothing is written yet.
+
+    config, names: the config.json and the names of the tensors of the source
+
+    Raises FormatError for a format, an option or a value that does not exist, and where the format cannot do what is
+    asked for.
+    """
+    row = target(format_name, compression)
+    chosen = _chosen(format_name, row, options or {})
+    module, name = row.sink.split(":")
+    sink = getattr(importlib.import_module(f".{module}", __package__), name)
+    if row.is_model:
+        return sink(output, config, names=names, max_shard_size=max_shard_size, **chosen)
+    if max_shard_size is not None:
+        able = ", ".join(n for n, t in TARGETS.items() if t.is_model)
+        raise FormatError(f"{format_name} is not written in shards (--max-shard-size); {able} can be")
+    return sink(output, compression=compression, **chosen) if row.compressions else sink(output, **chosen)
+
+
+def _chosen(format_name: str, row: Target, options: Mapping[str, str]) -> dict[str, str]:
+    """Every option of the format, by default its first value."""
+    for key, value in options.items():
+        if key not in row.options:
+            known = f"; it has {', '.join(row.options)}" if row.options else ", nor any other"
+            raise FormatError(f"{format_name} has no option {key!r}{known}")
+        if row.options[key] and value not in row.options[key]:
+            raise FormatError(f"{format_name} option {key}={value!r}: choose one of {', '.join(row.options[key])}")
+    return {key: options.get(key, values[0] if values else "") for key, values in row.options.items()}

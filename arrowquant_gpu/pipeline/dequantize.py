@@ -24,8 +24,8 @@ from ..engine import Progress
 from ..engine.converted import columns_of, recover
 from ..errors import InputError
 from ..formats import Entry, QuantizedCheckpoint, safetensors
-from ..formats.compressed_tensors import INDEX
 from ..formats.model_card import model_card
+from ..formats.model_sink import INDEX
 from ..formats.output import ACTIVATIONS, FILES_KEY, MANIFEST, Output, target_errors
 from ..formats.quantized import open_quantized, pieces
 from ..tensor import QuantizedTensor

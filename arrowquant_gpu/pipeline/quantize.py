@@ -22,8 +22,8 @@ from ..engine.ring import open_devices
 from ..errors import InputError
 from ..formats import Checkpoint, Sink
 from ..formats.checkpoint import open_checkpoint
-from ..formats.compressed_tensors_sink import CompressedTensorsSink
 from ..formats.output import Output, target_errors
+from ..formats.targets import open_sink
 from ..formats.targets import target as target_of
 from ..schemes import Scheme
 from .diffusion import decided, explained, modality_of, write_activations
@@ -36,11 +36,13 @@ from .widths import Widths, revise
 def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
-    scheme: str | Scheme = ...,
+    scheme: str | Scheme | None = ...,
     *,
     dry_run: Literal[True],
     format: str | None = ...,
     compression: str | None = ...,
+    format_options: Mapping[str, str] | None = ...,
+    max_shard_size: int | None = ...,
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
@@ -61,11 +63,13 @@ def quantize_checkpoint(
 def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
-    scheme: str | Scheme = ...,
+    scheme: str | Scheme | None = ...,
     *,
     dry_run: Literal[False] = ...,
     format: str | None = ...,
     compression: str | None = ...,
+    format_options: Mapping[str, str] | None = ...,
+    max_shard_size: int | None = ...,
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
@@ -85,10 +89,12 @@ def quantize_checkpoint(
 def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
-    scheme: str | Scheme = "int4_g128",
+    scheme: str | Scheme | None = None,
     *,
     format: str | None = None,  # noqa: A002 - the word users know
     compression: str | None = None,
+    format_options: Mapping[str, str] | None = None,
+    max_shard_size: int | None = None,
     device: str | Sequence[str] = "auto",
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
@@ -108,10 +114,13 @@ def quantize_checkpoint(
 
     src: a file, an index file, or a model directory
     dst: a directory for the formats "compressed-tensors" and "parquet-tensors", a file for "parquet" and "arrow"
-    scheme: a scheme id; the format may store its scales in another type, see `Plan`
+    scheme: a scheme id, by default that of the format; it may store its scales in another type, see `Plan`
     format: by default "compressed-tensors" for a directory with config.json, else "parquet"
     compression: "zstd" makes kept float tensors smaller, and codes hardly, in every format but "compressed-tensors";
         the files are then written a second time at the end of the run, and sizes in the plan are those without it
+    format_options: what the format lets one choose, for example {"checkpoint_format": "gptq_v2"}
+    max_shard_size: bytes of the tensors in one file, of formats that are model directories; by default the files are as
+        in the source
     device: as in `quantize`, or several of them ("cuda:0,cuda:1", a list, or "all" GPUs), which share the work;
         every choice gives the same bytes
     threads: of the CPU
@@ -146,15 +155,24 @@ def quantize_checkpoint(
     QualityError (`widths`), InputError (`diffusion`) and DeviceError.
     """
     start = time.perf_counter()
-    scheme, widths = Scheme.parse(scheme), widths or Widths()
+    widths = widths or Widths()
     source = open_checkpoint(src)
     format_name = format or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
+    scheme = Scheme.parse(scheme or target_of(format_name).scheme)
     files = {info.file for info in source.tensors.values()}
     is_directory = target_of(format_name, compression).is_directory
     output = Output(
         dst, is_directory=is_directory, sources=[source.path, *sorted(files)], overwrite=overwrite, resume=resume
     )
-    sink = open_sink(format_name, output, source, compression=compression)
+    sink = open_sink(
+        format_name,
+        output,
+        source.config,
+        tuple(source.tensors),
+        compression=compression,
+        max_shard_size=max_shard_size,
+        options=format_options,
+    )
     with contextlib.nullcontext() if timeline is None or dry_run else trace.timeline(timeline):
         with trace.span("plan", source.path.name):
             plan = make_plan(source, sink, scheme, include, ignore, widths.sensitive)
@@ -226,27 +244,6 @@ def fingerprint(plan: Plan, origin: Mapping[str, str], validate: bool) -> dict[s
         "tensors (include, ignore, widths, calibration)": xxhash.xxh3_64_hexdigest(json.dumps(decisions).encode()),
         "validate": str(validate),
     }
-
-
-def open_sink(format_name: str, output: Output, source: Checkpoint, *, compression: str | None = None) -> Sink:
-    """The sink of a format, writing into `output`. Nothing is written yet.
-
-    Raises FormatError for a format that does not exist, or cannot be compressed so.
-    """
-    target_of(format_name, compression)
-    if format_name == "compressed-tensors":
-        return CompressedTensorsSink(output, source.config)
-    if format_name == "parquet":
-        from ..formats.parquet import ParquetSink
-
-        return ParquetSink(output, compression=compression)
-    if format_name == "parquet-tensors":
-        from ..formats.parquet_tensors import ParquetTensorsSink
-
-        return ParquetTensorsSink(output, compression=compression)
-    from ..formats.arrow_ipc import ArrowSink
-
-    return ArrowSink(output, compression=compression)
 
 
 def provenance(source: Checkpoint, plan: Plan) -> dict[str, str]:

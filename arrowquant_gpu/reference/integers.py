@@ -1,61 +1,31 @@
-"""The specification in plain NumPy. docs/numerics.md says the same in words; every backend equals this bit for bit.
+"""Whole numbers times a scale, with or without a zero point: family int.
 
-Operation order is part of the definition: each arithmetic line below is one IEEE float32 operation per element,
-rounded to nearest even. Nothing here is fast, and nothing here may be changed for speed.
-
-    >>> import numpy as np
-    >>> from arrowquant_gpu.reference import quantize, dequantize
-    >>> from arrowquant_gpu.schemes import Scheme
-    >>> s = Scheme.parse("int4_g4")
-    >>> packed, scales, zeros, findings = quantize(np.array([[-1.0, 0.0, 0.5, 1.5]], np.float32), s)
-    >>> packed.tolist(), scales.tolist(), zeros
-    ([[131, 250]], [[0.20000000298023224]], None)
-    >>> dequantize(packed, scales, zeros, s, 4).tolist()
-    [[-1.0, 0.0, 0.4000000059604645, 1.399999976158142]]
+>>> import numpy as np
+>>> from arrowquant_gpu.reference import quantize, dequantize
+>>> from arrowquant_gpu.schemes import Scheme
+>>> s = Scheme.parse("int4_g4")
+>>> packed, scales, zeros, findings = quantize(np.array([[-1.0, 0.0, 0.5, 1.5]], np.float32), s)
+>>> packed.tolist(), scales.tolist(), zeros
+([[131, 250]], [[0.20000000298023224]], None)
+>>> dequantize(packed, scales, zeros, s, 4).tolist()
+[[-1.0, 0.0, 0.4000000059604645, 1.399999976158142]]
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import DTYPES
-from .schemes import Scheme
-
-F32 = np.float32
+from ..dtypes import DTYPES
+from ..schemes import Scheme
+from .weights import F32, Findings, find, to_float32
 
 # The value that stands in for the scale of a group of zeros, per storage type: its machine epsilon.
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # The value that stands in for a scale that underflows its storage type: the smallest positive one.
 TINY = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}
-
-
-class Findings(NamedTuple):
-    """What a pass saw in the weights: counts, and flat indices of the first (-1 where the count is 0).
-
-    `first` counts weights in row-major order; `first_overflow` counts scales in row-major order.
-    """
-
-    n_nan: int = 0
-    n_inf: int = 0
-    first: int = -1
-    n_overflow: int = 0
-    first_overflow: int = -1
-
-
-def to_float32(x: NDArray[Any]) -> NDArray[np.float32]:
-    """Convert to float32 with one rounding; values beyond its range become infinite (and are then refused)."""
-    with np.errstate(over="ignore"):
-        return np.asarray(x).astype(F32)
-
-
-def find(x: NDArray[np.float32]) -> Findings:
-    """Count what is not finite in `x`, of any shape."""
-    nan, inf = np.isnan(x).reshape(-1), np.isinf(x).reshape(-1)
-    bad = np.flatnonzero(nan | inf)
-    return Findings(int(nan.sum()), int(inf.sum()), int(bad[0]) if bad.size else -1)
 
 
 def group_range(x: NDArray[np.float32], scheme: Scheme) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -135,8 +105,18 @@ def unpack(packed: NDArray[np.uint8], bits: int, length: int) -> NDArray[np.uint
     return np.packbits(stream.reshape(packed.shape[0], length, bits), axis=-1, bitorder="little")[..., 0]
 
 
+def encode_packed(
+    x: NDArray[np.float32], scales: NDArray[Any], zeros: NDArray[Any] | None, scheme: Scheme
+) -> NDArray[np.uint8]:
+    """`encode`, packed."""
+    return pack(encode(x, scales, zeros, scheme), scheme.bits)
+
+
+solve = scales_and_zeros
+
+
 def quantize(
-    x: NDArray[Any], scheme: Scheme
+    x: NDArray[Any], scheme: Scheme, zeros: None = None
 ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8] | None, Findings]:
     """Quantize a [rows, length] tensor of any numeric type: packed codes, scales, zero points, findings.
 
@@ -147,9 +127,9 @@ def quantize(
     if findings.n_nan or findings.n_inf:
         x = np.zeros_like(x)
     lo, hi = group_range(x, scheme)
-    scales, zeros, overflow = scales_and_zeros(lo, hi, scheme)
+    scales, zero_points, overflow = scales_and_zeros(lo, hi, scheme)
     findings = findings._replace(n_overflow=overflow.n_overflow, first_overflow=overflow.first_overflow)
-    return pack(encode(x, scales, zeros, scheme), scheme.bits), scales, zeros, findings
+    return encode_packed(x, scales, zero_points, scheme), scales, zero_points, findings
 
 
 def dequantize(
