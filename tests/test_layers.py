@@ -23,7 +23,7 @@ LAYERS = (
     ("errors", "dtypes", "grids", "schemes", "trace"),
     ("arrow_values", "dlpack"),
     ("arrow_weights", "device_arrow", "pinned"),
-    ("tensor", "reference", "arrow_columns"),
+    ("tensor", "reference", "arrow_columns", "models"),
     ("backends", "interchange"),
     ("ops",),
     ("formats",),

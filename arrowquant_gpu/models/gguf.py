@@ -1,0 +1,264 @@
+"""`Gguf`: what a GGUF file calls the tensors and sizes of an architecture; data in gguf.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import FormatError
+from .tables import expression, made, read, row
+
+# What stands for a number or an optional prefix in a name of gguf.toml.
+_PLACES = {"{layer}": r"(?P<layer>\d+)", "{expert}": r"(?P<expert>\d+)", "{bert}": r"(?:bert\.)?"}
+_PERMUTED: Mapping[str, Literal["q", "k"]] = {"attn_q": "q", "attn_k": "k"}
+
+
+class GgufName(NamedTuple):
+    """Where a tensor of a checkpoint is in a GGUF file.
+
+    name: of the tensor there
+    expert: which matrix of the stack [experts, rows, columns] it is; None where it is a tensor by itself
+    permute: its rows are put in llama.cpp's order, by the heads of q or of k; biases too
+    add: what is added to every value
+    layer: number of its block
+    """
+
+    name: str
+    expert: int | None
+    permute: Literal["q", "k"] | None
+    add: float
+    layer: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Where the value of one key is in config.json; see gguf.toml."""
+
+    type: Literal["int", "float", "text"]
+    sources: tuple[str, ...] = ()
+    ratio: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
+    default: int | None = None
+    optional: bool = False
+    absent: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+    when: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Another tokenizer of models with a vocabulary of this size."""
+
+    size: int
+    tokenizer: str
+    pre: str
+
+
+@dataclass(frozen=True, eq=False)
+class Gguf:
+    """The names and keys of one architecture in GGUF files.
+
+    architecture: general.architecture
+    tokenizer, pre: tokenizer.ggml.model and tokenizer.ggml.pre; None where the architecture does not tell. See
+        `vocabulary`
+    """
+
+    architecture: str
+    tokenizer: str | None
+    pre: str | None
+    _names: tuple[tuple[re.Pattern[str], str], ...]
+    _keys: Mapping[str, Key]
+    _constants: Mapping[str, Any]
+    _omit: tuple[re.Pattern[str], ...]
+    _vocabularies: tuple[Vocabulary, ...]
+    _permute: bool
+    _norms_plus_one: bool
+    _rope_freqs: bool
+
+    def name(self, hf_name: str) -> GgufName | None:
+        """The name of a tensor, `.weight` and `.bias` included, in the file; None where there is no name for it.
+
+        >>> ggufs()["mixtral"].name("model.layers.1.block_sparse_moe.experts.5.w2.weight")
+        GgufName(name='blk.1.ffn_down_exps.weight', expert=5, permute=None, add=0.0, layer=1)
+        """
+        module, _, parameter = hf_name.rpartition(".")
+        if parameter not in ("weight", "bias") or self.omits(hf_name):
+            return None
+        for pattern, template in self._names:
+            found = pattern.fullmatch(module)
+            if found is not None:
+                parts = found.groupdict()
+                layer, expert = (None if parts.get(k) is None else int(parts[k]) for k in ("layer", "expert"))
+                name = template.replace("{layer}", str(layer))
+                last = name.rpartition(".")[2]
+                return GgufName(
+                    f"{name}.{parameter}",
+                    expert,
+                    _PERMUTED.get(last) if self._permute else None,
+                    1.0 if self._norms_plus_one and last.endswith("norm") and parameter == "weight" else 0.0,
+                    layer,
+                )
+        return None
+
+    def omits(self, hf_name: str) -> bool:
+        """Whether files of this architecture leave a tensor out on purpose.
+
+        >>> ggufs()["bert"].omits("pooler.dense.weight")
+        True
+        """
+        return any(pattern.search(hf_name) for pattern in self._omit)
+
+    def keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of the architecture with their values: int for u32, float for f32, bool, str.
+
+        Raises FormatError for a size that config.json does not have, and for a value that llama.cpp does not know.
+
+        >>> sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "layer_norm_eps": 1e-12}
+        >>> keys = ggufs()["bert"].keys(sizes | {"intermediate_size": 1536, "max_position_embeddings": 512})
+        >>> keys["bert.block_count"], keys["bert.attention.causal"]
+        (6, False)
+        """
+        found: dict[str, Any] = {}
+        for name, key in self._keys.items():
+            if key.when is not None and key.when not in found:
+                continue
+            value = self._value(name, key, config)
+            if value is not None:
+                found[name] = value
+        found |= self._constants
+        return {f"{self.architecture}.{name}": value for name, value in found.items()}
+
+    def vocabulary(self, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """(tokenizer, pre) of a model with this config: those of the architecture, or of its size of vocabulary."""
+        size = _lookup(config, ("vocab_size",))
+        own = next((row for row in self._vocabularies if row.size == size), None)
+        return (self.tokenizer, self.pre) if own is None else (own.tokenizer, own.pre)
+
+    def tensors(self, config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+        """Tensors that the file has beside those of the checkpoint, computed from config.json.
+
+        rope_freqs.weight, float32 [half of the rotated dimensions]: the divisors of the frequencies for rope scaling of
+        type llama3 (Llama 3.1), by wavelength: short ones unchanged, long ones by `factor`, between them smoothly.
+
+        Raises FormatError for a config without the sizes that these need.
+        """
+        kinds = self._keys.get("rope.scaling.type")
+        if not self._rope_freqs or kinds is None or _lookup(config, kinds.sources) != "llama3":
+            return {}
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        parts = {n: _lookup(config, (f"rope_parameters.{n}", f"rope_scaling.{n}")) for n in names}
+        missing = [n for n, value in parts.items() if not _is_number(value)]
+        if missing:
+            raise FormatError(f"config.json has rope scaling of type llama3 without {', '.join(missing)}")
+        factor, low, high, length = (float(parts[n]) for n in names)
+        sizes = self.keys(config)
+        dimensions = sizes[f"{self.architecture}.rope.dimension_count"]
+        theta = sizes.get(f"{self.architecture}.rope.freq_base", 10000.0)
+        turns = length * theta ** (-np.arange(0, dimensions, 2) / dimensions) / (2 * np.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
+
+    def _value(self, name: str, key: Key, config: Mapping[str, Any]) -> int | float | str | None:
+        value, share = _lookup(config, key.sources), _lookup(config, key.share)
+        share = share if _is_number(share) else 1
+        if value is None and key.ratio:
+            over, under = (_lookup(config, (part,)) for part in key.ratio)
+            if _is_number(over) and _is_number(under) and under:
+                value = int(share * over) // under
+        elif _is_number(value):
+            value = value * share
+        if value is None:
+            value = key.default
+        if value is None or value in key.absent:
+            if key.optional:
+                return None
+            raise FormatError(
+                f"config.json has no {' or '.join(key.sources or key.ratio)}, which GGUF stores as {name}"
+            )
+        if key.only is not None and value not in key.only:
+            able = (
+                f"llama.cpp is told of {', '.join(key.only)}" if key.only else "that needs tensors that are not written"
+            )
+            raise FormatError(f"config.json has {key.sources[0]} {value!r}; {able}. Choose another --format.")
+        if key.type == "text":
+            return str(value)
+        if not _is_number(value):
+            raise FormatError(f"config.json has {' or '.join(key.sources)} {value!r}, which is not a number")
+        return int(value) if key.type == "int" else float(value)
+
+
+@functools.cache
+def ggufs() -> Mapping[str, Gguf]:
+    """gguf.toml, by the names that architectures.toml uses."""
+    return parse_ggufs(read("gguf.toml"))
+
+
+def parse_ggufs(data: dict[str, Any]) -> dict[str, Gguf]:
+    """The content of gguf.toml."""
+    found = {}
+    for name, table in data["architectures"].items():
+        place = f"gguf.toml: {name}"
+        keys: dict[str, Key] = {}
+        for part in table.pop("keys"):
+            for key, fields in row(f"{place}: keys", data["keys"], part).items():
+                keys[key] = _key(f"gguf.toml: keys.{part}.{key}", fields)
+        for key in table.pop("without", ()):
+            row(f"{place}: without", keys, key)
+            del keys[key]
+        names = [row(f"{place}: names", data["names"], part) for part in table.pop("names")]
+        vocabularies = table.pop("vocabularies", ())
+        omit = [*data["omit"], *table.pop("omit", ())]
+        fields = {
+            "_names": tuple((_pattern(key), value) for part in names for key, value in part.items()),
+            "_keys": keys,
+            "_constants": table.pop("constants", {}),
+            "_omit": tuple(expression(f"{place}: omit", text) for text in omit),
+            "_vocabularies": tuple(made(Vocabulary, f"{place}: vocabularies", v) for v in vocabularies),
+            **{f"_{flag}": table.pop(flag, False) for flag in ("permute", "norms_plus_one", "rope_freqs")},
+        }
+        found[name] = made(Gguf, place, table | fields, tokenizer=None, pre=None)
+    return found
+
+
+def _key(place: str, fields: Mapping[str, Any]) -> Key:
+    renamed = {"sources" if k == "from" else k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    key = made(Key, place, renamed)
+    if key.type not in ("int", "float", "text"):
+        raise ValueError(f"{place}: type {key.type!r} is none of int, float, text")
+    return dataclasses.replace(key, only=None if "only" not in fields else tuple(fields["only"]))
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    text = re.escape(template)
+    for place, pattern in _PLACES.items():
+        text = text.replace(re.escape(place), pattern)
+    return re.compile(text)
+
+
+def _lookup(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The first of these, dotted where nested, that config.json or its text_config has; None is none."""
+    for part in _parts(config):
+        for name in names:
+            value: Any = part
+            for step in name.split("."):
+                value = value.get(step) if isinstance(value, Mapping) else None
+            if value is not None:
+                return value
+    return None
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    if isinstance(config.get("text_config"), Mapping):
+        yield config["text_config"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
