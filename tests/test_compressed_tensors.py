@@ -16,7 +16,7 @@ from safetensors import safe_open
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.errors import SourceError
-from arrowquant_gpu.formats import Codes, Entry, TensorInfo, compressed_tensors
+from arrowquant_gpu.formats import Codes, Entry, TensorInfo, stored_model
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.compressed_tensors import CompressedTensorsCheckpoint
@@ -122,7 +122,7 @@ def test_every_part_against_the_reference(
         assert not (out["a.weight_packed"][:, -1].astype(np.int64) & 0xFFFFFFFF & -(1 << used)).any()
 
     # Three rows a block, so that blocks of zero points begin within a word.
-    monkeypatch.setattr(compressed_tensors, "_BLOCK_BYTES", 3 * out["a.weight_packed"].nbytes // shape[0])
+    monkeypatch.setattr(stored_model, "_BLOCK_BYTES", 3 * out["a.weight_packed"].nbytes // shape[0])
     (entry,) = CompressedTensorsCheckpoint(tmp_path / "out").entries.values()
     assert (entry.info.name, entry.info.dtype, entry.info.shape) == ("a.weight", dtype, shape)
     assert entry.scheme == parsed

@@ -583,7 +583,7 @@ def test_compressed_tensors_names_the_modules_of_each_width(model: Path, tmp_pat
     assert {n: e.scheme and e.scheme.id for n, e in checkpoint.entries.items()} == schemes(plan)
     # Words of 32 bits hold 16 codes, or 8.
     for name, per_word in (("model.layers.0.self_attn.o_proj", 16), ("model.layers.0.self_attn.q_proj", 8)):
-        assert checkpoint._stored[f"{name}.weight_packed"].shape == (128, 128 // per_word)
+        assert checkpoint.headers[f"{name}.weight_packed"].shape == (128, 128 // per_word)
     assert verify_checkpoint(tmp_path / "out", model, min_cosine=0.85, device="cpu").failed == ()
 
 

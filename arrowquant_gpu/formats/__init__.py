@@ -65,7 +65,7 @@ class Entry:
 
 
 class Codes(NamedTuple):
-    """What a piece [rows, columns] was quantized to, as QuantizedTensor holds it; what is of the whole tensor is (1, 1)."""
+    """What a piece [rows, columns] was quantized to, as QuantizedTensor holds it; what is of all of it is (1, 1)."""
 
     packed: NDArray[np.uint8]
     scales: NDArray[Any]

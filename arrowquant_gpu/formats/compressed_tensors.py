@@ -14,11 +14,9 @@ compressors/pack_quantized and quantization/quant_config.py, versions 0.12 to 0.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,15 +24,13 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import SchemeError, SourceError
-from ..schemes import Scheme, rows_and_length
+from ..schemes import Scheme
 from ..tensor import QuantizedTensor
-from . import Entry, TensorInfo, safetensors
-from .model_sink import INDEX, RECORD
-from .output import MANIFEST
+from . import Entry, TensorInfo
+from .stored_model import StoredModel, row_blocks
 
 # The widths whose packing every version of the readers agrees on, and which divide a 32-bit word.
 BITS = (2, 4, 8)
-_BLOCK_BYTES = 16 << 20
 
 
 def n_words(n: int, bits: int) -> int:
@@ -62,55 +58,26 @@ def stored_tensors(info: TensorInfo, scheme: Scheme | None) -> dict[str, tuple[s
     return stored
 
 
-class CompressedTensorsCheckpoint:
-    """Reads a `pack-quantized` model directory, from this package or another, int2, int4 or int8. See
-    `QuantizedCheckpoint`.
-
-    `entries` are in the order of the files. `config`, `metadata` and `side_files` are without what quantization added;
-    `provenance` is what this package wrote about how the weights were made, empty for other writers. Blocks are views
-    of the mapped files, which must not change while it is in use.
-
-    Raises SourceError for what is missing, contradicts itself, or is in another format.
-    """
+class CompressedTensorsCheckpoint(StoredModel):
+    """Reads a `pack-quantized` model directory, from this package or another, int2, int4 or int8. See `StoredModel`."""
 
     format = "compressed-tensors"
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        config = self._read_json("config.json")
+    def find(self, config: Mapping[str, Any]) -> dict[str, Entry]:
+        """See `StoredModel`."""
         self._groups = self._config_groups(config)
-        self.provenance: dict[str, str] = {str(k): str(v) for k, v in (config.get(RECORD) or {}).items()}
-        self.config: dict[str, Any] | None = {
-            k: v for k, v in config.items() if k not in ("quantization_config", "compression_config", RECORD)
-        }
-        self._stored: dict[str, TensorInfo] = {}
-        self.metadata: dict[str, str] = {}
-        self._files = self._weight_files()
-        for file in self._files:
-            header = safetensors.read_header(file)
-            if twice := self._stored.keys() & header.tensors.keys():
-                raise SourceError(f"{file}: tensor {min(twice)} is in another file too")
-            self._stored |= header.tensors
-            self.metadata |= {k: v for k, v in header.metadata.items() if not k.startswith(f"{RECORD}.")}
-        self.entries = self._find_entries()
-        skipped = {*self._files, *(self.path / name for name in ("config.json", INDEX, MANIFEST))}
-        self.side_files = tuple(p for p in sorted(self.path.rglob("*")) if p.is_file() and p not in skipped)
-        self._maps: dict[Path, NDArray[np.uint8]] = {}
+        packed = {name: self._packed_entry(name) for name in self.headers if name.endswith(".weight_packed")}
+        parts = {part for entry in packed.values() for part in stored_tensors(entry.info, entry.scheme)}
+        return self.with_kept(packed, parts)
 
-    def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
-        """The tensor in blocks of about 16 MiB of whole rows, at least one row. See `QuantizedCheckpoint`."""
-        entry = self.entries[name]
-        if entry.scheme is None:
-            yield from self._copied_blocks(entry.info)
-            return
-        scheme, (n, k) = entry.scheme, entry.info.shape
+    def quantized_blocks(self, entry: Entry, scheme: Scheme) -> Iterator[tuple[int, QuantizedTensor]]:
+        """See `StoredModel`."""
+        name, (n, k) = entry.info.name, entry.info.shape
         row_bytes = scheme.packed_shape((1, k))[1]
-        packed = self._view(self._stored[f"{name}_packed"]).view(np.uint8)
-        scales = self._view(self._stored[f"{name}_scale"])
-        words = None if scheme.symmetric else self._view(self._stored[f"{name}_zero_point"])
-        step = max(1, _BLOCK_BYTES // max(1, packed.shape[1]))
-        for row in range(0, n, step):
-            stop = min(row + step, n)
+        packed = self.view(self.headers[f"{name}_packed"]).view(np.uint8)
+        scales = self.view(self.headers[f"{name}_scale"])
+        words = None if scheme.symmetric else self.view(self.headers[f"{name}_zero_point"])
+        for row, stop in row_blocks(n, packed.shape[1]):
             zeros = None if words is None else _unpack_zeros(words, scheme.bits, row, stop)
             shape = stop - row, k
             yield (
@@ -118,67 +85,25 @@ class CompressedTensorsCheckpoint:
                 QuantizedTensor(packed[row:stop, :row_bytes], scales[row:stop], zeros, shape, scheme, entry.info.dtype),
             )
 
-    def _copied_blocks(self, info: TensorInfo) -> Iterator[tuple[int, NDArray[Any]]]:
-        x = self._view(info)
-        x = x.reshape(1, -1) if DTYPES[info.dtype].numpy is None else x.reshape(rows_and_length(info.shape))
-        step = max(1, _BLOCK_BYTES // max(1, x.shape[1] * x.itemsize))
-        for row in range(0, x.shape[0], step):
-            yield row, x[row : row + step]
-
-    def _view(self, info: TensorInfo) -> NDArray[Any]:
-        if info.file not in self._maps:
-            self._maps[info.file] = np.memmap(info.file, np.uint8, "r")
-        raw = self._maps[info.file][info.offset : info.offset + info.n_bytes]
-        dtype = DTYPES[info.dtype].numpy
-        return np.asarray(raw) if dtype is None else np.asarray(raw).view(dtype).reshape(info.shape)
-
-    def _fail(self, words: str) -> SourceError:
-        return SourceError(f"{self.path}: {words}")
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError, RecursionError) as e:
-            raise self._fail(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-        if not isinstance(value, dict):
-            raise self._fail(f"{name} is no JSON object")
-        return value
-
-    def _weight_files(self) -> list[Path]:
-        if not (self.path / INDEX).exists():
-            files = sorted(self.path.glob("*.safetensors"))
-            if not files:
-                raise self._fail("no .safetensors file is there")
-            return files
-        names = self._read_json(INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise self._fail(f"{INDEX} has no weight_map")
-        for name in names.values():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise self._fail(f"{INDEX} names a file {name!r} that is not in this directory")
-            if not (self.path / name).is_file():
-                raise self._fail(f"{name}, which {INDEX} names, is missing")
-        return [self.path / name for name in sorted(set(names.values()))]
-
     def _config_groups(self, config: Mapping[str, Any]) -> list[tuple[list[str], Mapping[str, Any]]]:
         """(targets, weights) of each group. Raises SourceError for another method or format."""
         found = config.get("quantization_config") or config.get("compression_config")
         if not isinstance(found, dict):
-            raise self._fail("config.json has no quantization_config: this is no quantized model")
+            raise self.fail("config.json has no quantization_config: this is no quantized model")
         method = found.get("quant_method")
         if method != "compressed-tensors":
-            raise self._fail(f"quantization_config has quant_method {method!r}; compressed-tensors is what can be read")
+            raise self.fail(f"quantization_config has quant_method {method!r}; compressed-tensors is what can be read")
         groups: list[tuple[list[str], Mapping[str, Any]]] = []
         described = found.get("config_groups")
         for group in described.values() if isinstance(described, dict) else ():
             targets, weights = (group.get(k) if isinstance(group, dict) else None for k in ("targets", "weights"))
             if not isinstance(targets, list) or not isinstance(weights, dict):
-                raise self._fail("a group of quantization_config has no targets or no weights")
+                raise self.fail("a group of quantization_config has no targets or no weights")
             written = group.get("format") or found.get("format")
             if written != "pack-quantized" or weights.get("type") != "int":
-                raise self._fail(f"compressed-tensors format {written!r}; pack-quantized is what can be read")
+                raise self.fail(f"compressed-tensors format {written!r}; pack-quantized is what can be read")
             if weights.get("actorder") == "group":
-                raise self._fail("activation order (actorder: group) cannot be read")
+                raise self.fail("activation order (actorder: group) cannot be read")
             groups.append(([str(target) for target in targets], weights))
         return groups
 
@@ -189,55 +114,45 @@ class CompressedTensorsCheckpoint:
         by_class = (w for targets, w in self._groups if "Linear" in targets)
         matched = next(itertools.chain(by_name, by_class), None)
         if matched is None:
-            raise self._fail(f"{name} is packed, but no group of quantization_config has it as a target")
+            raise self.fail(f"{name} is packed, but no group of quantization_config has it as a target")
         bits, strategy = matched.get("num_bits"), matched.get("strategy")
         if bits not in BITS:
-            raise self._fail(f"{name}: {bits}-bit codes, whose layout depends on what wrote them, cannot be read")
+            raise self.fail(f"{name}: {bits}-bit codes, whose layout depends on what wrote them, cannot be read")
         if strategy not in ("group", "channel"):
-            raise self._fail(f"{name}: strategy {strategy!r}; group and channel are what can be read")
+            raise self.fail(f"{name}: strategy {strategy!r}; group and channel are what can be read")
         size = matched.get("group_size") if strategy == "group" else None
-        scale_dtype = self._stored[f"{name}_scale"].dtype if f"{name}_scale" in self._stored else "none"
+        scale_dtype = self.headers[f"{name}_scale"].dtype if f"{name}_scale" in self.headers else "none"
         if scale_dtype not in KERNEL_DTYPES:
-            raise self._fail(f"{name}_scale is {scale_dtype}; expected one of {', '.join(KERNEL_DTYPES)}")
+            raise self.fail(f"{name}_scale is {scale_dtype}; expected one of {', '.join(KERNEL_DTYPES)}")
         try:
             return Scheme(bits, strategy, size, bool(matched.get("symmetric", True)), scale_dtype)
         except (SchemeError, TypeError) as e:
-            raise self._fail(f"{name}: {e}") from e
-
-    def _find_entries(self) -> dict[str, Entry]:
-        packed = {name: self._packed_entry(name) for name in self._stored if name.endswith(".weight_packed")}
-        parts = {part for entry in packed.values() for part in stored_tensors(entry.info, entry.scheme)}
-        found = [
-            packed[name] if name in packed else Entry(info, None, "kept")
-            for name, info in self._stored.items()
-            if name in packed or name not in parts
-        ]
-        return {entry.info.name: entry for entry in found}
+            raise self.fail(f"{name}: {e}") from e
 
     def _packed_entry(self, packed: str) -> Entry:
         """The float tensor of a `weight_packed`, all of whose parts are checked against each other."""
         name = packed.removesuffix("_packed")
-        if f"{name}_g_idx" in self._stored:
-            raise self._fail(f"{name}_g_idx: activation order cannot be read")
-        scheme, shape, stored = self._scheme_of(name), self._shape_of(name), self._stored[packed]
+        if f"{name}_g_idx" in self.headers:
+            raise self.fail(f"{name}_g_idx: activation order cannot be read")
+        scheme, shape, stored = self._scheme_of(name), self._shape_of(name), self.headers[packed]
         n_bytes = DTYPES[scheme.scale_dtype].bits // 8 * math.prod(shape)
         info = TensorInfo(name, scheme.scale_dtype, shape, stored.file, stored.offset, n_bytes)
         for part, expected in stored_tensors(info, scheme).items():
-            found = self._stored.get(part)
+            found = self.headers.get(part)
             if found is None or (found.dtype, found.shape) != expected:
                 has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
-                raise self._fail(f"{part} {has}; {scheme.id} {list(shape)} has {expected[0]} {list(expected[1])}")
+                raise self.fail(f"{part} {has}; {scheme.id} {list(shape)} has {expected[0]} {list(expected[1])}")
         return Entry(info, scheme, "packed")
 
     def _shape_of(self, name: str) -> tuple[int, int]:
-        info = self._stored.get(f"{name}_shape")
+        info = self.headers.get(f"{name}_shape")
         if info is None or info.shape != (2,) or info.dtype != "int64":
-            raise self._fail(f"{name}_shape is missing, or not two int64")
+            raise self.fail(f"{name}_shape is missing, or not two int64")
         with info.file.open("rb") as f:
             f.seek(info.offset)
             n, k = np.frombuffer(f.read(info.n_bytes), "<i8").tolist()
         if n < 0 or k < 0:
-            raise self._fail(f"{name}_shape is {[n, k]}")
+            raise self.fail(f"{name}_shape is {[n, k]}")
         return n, k
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,6 @@ from ..schemes import rows_and_length
 from ..tensor import QuantizedTensor
 from . import QuantizedCheckpoint
 from .arrow_ipc import ArrowCheckpoint
-from .compressed_tensors import CompressedTensorsCheckpoint
 from .parquet import ParquetCheckpoint
 from .parquet_tensors import INDEX, ParquetTensorsCheckpoint
 from .recognise import by_first_bytes
@@ -25,16 +26,21 @@ from .recognise import by_first_bytes
 PIECE_WEIGHTS = 1 << 20
 
 READ = (
-    "what can be read is a compressed-tensors directory, a directory with one Parquet file per tensor, or a Parquet or "
-    "Arrow file that arrowquant wrote"
+    "what can be read is a quantized model directory in a format that arrowquant writes, a directory with one Parquet "
+    "file per tensor, or a Parquet or Arrow file that arrowquant wrote"
 )
+
+# Module of formats/ and class that read a directory, by the quant_method of its config.json.
+READERS = {
+    "compressed-tensors": "compressed_tensors:CompressedTensorsCheckpoint",
+}
 
 
 def open_quantized(path: str | Path) -> QuantizedCheckpoint:
     """Open a quantized checkpoint of any format that this package writes; only headers are read.
 
-    A directory with the index of Parquet files is parquet-tensors, any other is compressed-tensors; a file is what its
-    first bytes say. The result refers to the files, which must not change while it is in use.
+    A directory with the index of Parquet files is parquet-tensors, any other is what its config.json says; a file is
+    what its first bytes say. The result refers to the files, which must not change while it is in use.
 
     Raises SourceError for anything else, saying what it is.
     """
@@ -42,7 +48,7 @@ def open_quantized(path: str | Path) -> QuantizedCheckpoint:
     if (path / INDEX).exists():
         return ParquetTensorsCheckpoint(path)
     if path.is_dir():
-        return CompressedTensorsCheckpoint(path)
+        return _open_directory(path)
     try:
         with path.open("rb") as f:
             head = f.read(64)
@@ -54,6 +60,33 @@ def open_quantized(path: str | Path) -> QuantizedCheckpoint:
         return ArrowCheckpoint(path)
     what = "a safetensors file" if head[8:9] == b"{" else by_first_bytes(head) or "not known by its first bytes"
     raise SourceError(f"{path} is no quantized checkpoint but {what}; {READ}")
+
+
+def _open_directory(path: Path) -> QuantizedCheckpoint:
+    method = quant_method(path)
+    if method not in READERS:
+        known = ", ".join(READERS)
+        raise SourceError(f"{path} has quant_method {method!r} in config.json; what can be read is {known}")
+    module, name = READERS[method].split(":")
+    opened: QuantizedCheckpoint = getattr(importlib.import_module(f".{module}", __package__), name)(path)
+    return opened
+
+
+def quant_method(path: Path) -> str:
+    """What the config.json of a model directory calls the method it is quantized with.
+
+    Raises SourceError where there is none.
+    """
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise SourceError(f"{path}: config.json cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    if not isinstance(config, dict):
+        raise SourceError(f"{path}: config.json is no JSON object")
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(found, dict):
+        raise SourceError(f"{path}: config.json has no quantization_config: this is no quantized model")
+    return str(found.get("quant_method"))
 
 
 def pieces(
