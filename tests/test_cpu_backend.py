@@ -182,7 +182,7 @@ def test_a_forked_child_computes_too() -> None:
         import os, threading, warnings
         warnings.simplefilter("ignore")  # Python warns of any fork beside threads; this one is the point
         from arrowquant_gpu.backends.cpu import CpuBackend
-from arrowquant_gpu.backends.cpu_tasks import Task
+        from arrowquant_gpu.backends.cpu_tasks import Task
         from arrowquant_gpu.schemes import Scheme
         from tests.cases import make
         from tests.test_backends import check
