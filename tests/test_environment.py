@@ -36,6 +36,7 @@ CONDA_NAME = {
     "hypothesis": "hypothesis",
     "nanoarrow": "nanoarrow",
     "PyYAML": "pyyaml",
+    "jsonschema": "jsonschema",
     "coverage": "coverage",
     "pandas": "pandas",
     "duckdb": "python-duckdb",

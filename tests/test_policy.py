@@ -9,7 +9,8 @@ import pytest
 from arrowquant_gpu.errors import PolicyError
 from arrowquant_gpu.formats import TensorInfo
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
-from arrowquant_gpu.pipeline.policy import RULES, Decision, Policy
+from arrowquant_gpu.models import generic
+from arrowquant_gpu.pipeline.policy import Policy
 
 from .minilm import model_dir
 
@@ -82,20 +83,24 @@ TABLE = [
     (None, "weight", (8, 8), LINEAR),
     (None, "attn.in_proj_weight", (2304, 768), LINEAR),
 ]
-QUANTIZED = {r.reason for r in RULES if r.quantize} | {"as many matrices as experts; groups run along the last axis"}
+QUANTIZED = {r.reason for r in generic().rules if r.quantize} | {"as many matrices as experts; groups run along the last axis"}
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: str = "bfloat16") -> TensorInfo:
     return TensorInfo(name, dtype, shape, Path("model.safetensors"), 0, 0)
 
 
+def decide(policy: Policy, name: str, shape: tuple[int, ...], dtype: str = "bfloat16") -> tuple[bool, str]:
+    return policy.decide(tensor(name, shape, dtype))[:2]
+
+
 @pytest.mark.parametrize(("config", "name", "shape", "reason"), TABLE)
 def test_table(config: dict | None, name: str, shape: tuple[int, ...], reason: str) -> None:
-    assert Policy(None, config).decide(tensor(name, shape)) == Decision(reason in QUANTIZED, reason)
+    assert decide(Policy(None, config), name, shape) == (reason in QUANTIZED, reason)
 
 
 def test_every_rule_is_reached_by_the_table() -> None:
-    assert {r.reason for r in RULES} <= {reason for _, _, _, reason in TABLE}
+    assert {r.reason for r in generic().rules} <= {reason for _, _, _, reason in TABLE}
 
 
 def test_the_table_in_the_documents_is_this_one() -> None:
@@ -104,15 +109,15 @@ def test_the_table_in_the_documents_is_this_one() -> None:
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
     ]
     documented = [(row[3], row[2] == "quantized") for row in rows if len(row) == 4 and row[2] in ("kept", "quantized")]
-    assert documented == list(dict.fromkeys((rule.reason, rule.quantize) for rule in RULES))
+    assert documented == list(dict.fromkeys((rule.reason, rule.quantize) for rule in generic().rules))
 
 
 def test_what_holds_no_weights_is_kept_whatever_is_asked_for() -> None:
     policy = Policy(None, include=[".*"])
-    assert policy.decide(tensor("position_ids", (1, 512), "int64")) == Decision(False, "int64: not weights")
-    assert policy.decide(tensor("w.weight", (0, 4))) == Decision(False, "empty")
-    assert policy.decide(tensor("w.weight", (4, 8), "float4_e2m1fn")).quantize is False
-    assert policy.decide(tensor("norm.weight", (8,))) == Decision(True, "included by --include .*")
+    assert decide(policy, "position_ids", (1, 512), "int64") == (False, "int64: not weights")
+    assert decide(policy, "w.weight", (0, 4)) == (False, "empty")
+    assert decide(policy, "w.weight", (4, 8), "float4_e2m1fn")[0] is False
+    assert decide(policy, "norm.weight", (8,)) == (True, "included by --include .*")
 
 
 @pytest.mark.interop
@@ -129,11 +134,11 @@ def test_minilm_is_its_36_encoder_matrices() -> None:
 def test_ignore_beats_include_beats_the_table() -> None:
     names = ["lm_head.weight", "a.q_proj.weight", "a.k_proj.weight"]
     policy = Policy(names, include=[r"lm_head", r"q_proj"], ignore=[r"^a\.q"])
-    decisions = {name: policy.decide(tensor(name, (8, 8))) for name in names}
+    decisions = {name: decide(policy, name, (8, 8)) for name in names}
     assert decisions == {
-        "lm_head.weight": Decision(True, "included by --include lm_head"),
-        "a.q_proj.weight": Decision(False, r"ignored by --ignore ^a\.q"),
-        "a.k_proj.weight": Decision(True, LINEAR),
+        "lm_head.weight": (True, "included by --include lm_head"),
+        "a.q_proj.weight": (False, r"ignored by --ignore ^a\.q"),
+        "a.k_proj.weight": (True, LINEAR),
     }
 
 

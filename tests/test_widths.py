@@ -26,8 +26,8 @@ from arrowquant_gpu.formats import Diffusion, Entry, TensorInfo, diffusion_colum
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.compressed_tensors import CompressedTensorsCheckpoint
 from arrowquant_gpu.formats.output import Output
+from arrowquant_gpu.models import find
 from arrowquant_gpu.pipeline import Manifest, Plan, make_plan, quantize_checkpoint, widths
-from arrowquant_gpu.pipeline.plan import fused_groups
 from arrowquant_gpu.pipeline.verify import verify_checkpoint
 from arrowquant_gpu.pipeline.widths import Widths, revise
 from arrowquant_gpu.schemes import Scheme
@@ -653,7 +653,7 @@ def test_fused_groups() -> None:
     names = [f"l.{i}.{p}.weight" for i in (0, 1) for p in ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")]
     names += [f"m.experts.{i}.{p}.weight" for i in (0, 1) for p in ("w1", "w2")] + ["m.w1", "q_proj.weight"]
     want = [[0, 1, 2], [3], [4, 6], [5], [7, 8, 9], [10], [11, 13], [12], [14, 15, 16, 17], [18], [19]]
-    assert fused_groups(names) == [[names[i] for i in group] for group in want]
+    assert find(None, names).fused_groups(names) == [[names[i] for i in group] for group in want]
 
 
 def divided(source: Any, sink: PlainSink, divisors: np.ndarray) -> Plan:

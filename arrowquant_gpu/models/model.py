@@ -77,6 +77,16 @@ class Model:
         parts = ((", ".join(row.parts), parent) for row in self._fused if part in row.parts)
         return next(wholes, next(parts, None))
 
+    def shared(self, name: str) -> str | None:
+        """What is alike for the parts of one fused matrix, and no others; None for a weight that is none.
+
+        >>> find({"model_type": "mixtral"}, []).shared("model.layers.0.block_sparse_moe.experts.2.w3.weight")
+        'model.layers.0.block_sparse_moe.experts.2: w1, w3'
+        """
+        parent, _, part = name.removesuffix(".weight").rpartition(".")
+        rows = (row for row in self._fused if part in row.parts and name.endswith(".weight"))
+        return next((f"{parent}: {', '.join(row.parts)}" for row in rows), None)
+
     def fused_groups(self, names: Iterable[str]) -> list[list[str]]:
         """The names, in order, in groups of those that serving engines fuse; any other is a group by itself.
 

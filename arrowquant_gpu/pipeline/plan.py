@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from ..errors import FormatError, PolicyError
+from .. import models
+from ..dtypes import DTYPES
+from ..errors import FormatError, PolicyError, SchemeError
 from ..formats import Checkpoint, Entry, Sink, TensorInfo
 from ..formats.targets import TARGETS
+from ..models import Mix, Model
 from ..schemes import Scheme
-from .policy import RAISED, RAISED_BITS, Policy
+from .policy import RAISED, RAISED_BITS, Decision, Policy
+from .recipe import Recipe, tensor_scheme
 
 COLUMNS = pa.schema(
     [
@@ -38,15 +41,8 @@ COLUMNS = pa.schema(
     ]
 )
 
-# Serving engines fuse these into one matrix: all of them must have one scheme.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-# And all experts of a layer.
-_EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.")
+# The format that has mixes of schemes.
+MIXED_FORMAT = "gguf"
 
 
 class Measured(NamedTuple):
@@ -68,8 +64,9 @@ _NOTHING = Measured()
 class Plan:
     """Every tensor of a checkpoint in file order, what happens to it, and the bytes it will take.
 
-    `scheme` is the one asked for; `entries` hold it as the format stores it, with the width that each tensor needs.
-    `warnings` are sentences. `measured` is by name.
+    `scheme` is the one asked for, or that a mix begins with; `entries` hold it as the format stores it, with the width
+    that each tensor needs. `warnings` are sentences, `notes` those of them that no entry changes. `measured` is by
+    name. `mix` is the mix asked for, if one was; `fixed` are the names of tensors whose scheme a rule names.
     """
 
     format: str
@@ -78,6 +75,9 @@ class Plan:
     bytes_after: tuple[int, ...]
     warnings: tuple[str, ...] = ()
     measured: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
+    mix: Mix | None = None
+    notes: tuple[str, ...] = ()
+    fixed: frozenset[str] = frozenset()
 
     @property
     def table(self) -> pa.Table:
@@ -107,7 +107,7 @@ class Plan:
         ]
         return {
             "format": self.format,
-            "scheme": self.scheme.id,
+            "scheme": self.scheme.id if self.mix is None else self.mix.name,
             "stored_schemes": sorted({e.scheme.id for e in self.entries if e.scheme}),
             "n_tensors": len(self.entries),
             "n_quantized": len(quantized),
@@ -126,22 +126,37 @@ def make_plan(
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
     sensitive: Literal["keep", "raise"] = "keep",
+    *,
+    recipe: Recipe | None = None,
+    tensor_schemes: Sequence[tuple[str, str | Scheme]] = (),
 ) -> Plan:
     """Plan the quantization of a checkpoint; `include` and `ignore` as in `policy.Policy`.
 
-    A tensor that the policy wants quantized and the format cannot carry is kept, with the format's reason. `sensitive`
-    says what becomes of matrices that the policy keeps because much depends on them (`policy.RAISED`): "raise"
-    quantizes them with 8 bits.
+    scheme: a scheme, or the name of a mix, which only GGUF has
+    recipe: its rules; those of `tensor_schemes`, pairs of an expression and a scheme, come before them
+
+    A tensor that the policy wants quantized and the format cannot carry is kept, with the format's reason; where
+    readers of the format refuse fused parts that are not alike, so are the others. `sensitive` says what becomes of
+    matrices that the policy keeps because much depends on them (`policy.RAISED`): "raise" quantizes them with 8 bits.
 
     Raises SchemeError, PolicyError (a pattern that matches nothing; nothing to quantize) and FormatError (the format
     carries this scheme for none of the tensors).
     """
-    scheme = Scheme.parse(scheme)
-    policy = Policy(source.tensors, source.config, include, ignore)
-    entries, refused = [], Counter[str]()
+    mix, scheme = asked_for(scheme, sink.format)
+    if sensitive == "raise" and (mix is not None or scheme.grid != "int"):
+        name = scheme.id if mix is None else mix.name
+        raise SchemeError(f"sensitive matrices are raised to {RAISED_BITS} bits only beside an int scheme, not {name}")
+    rules = [tensor_scheme(pattern, own) for pattern, own in tensor_schemes]
+    rules += [] if recipe is None else recipe.rules
+    quantizes: frozenset[str] = getattr(sink, "quantizes", frozenset())
+    policy = Policy(source.tensors, source.config, include, ignore, rules=rules, quantizes=quantizes)
+    notes = [*_unknown(policy.model, source), *policy.check(source.tensors.values())]
+    mixed = None if mix is None else _Mixed(mix, policy, source)
+    entries, refused, fixed = [], Counter[str](), set[str]()
     for info in in_file_order(source):
-        wanted, reason = policy.decide(info)
-        stored, asked = None, scheme
+        decision = policy.decide(info)
+        wanted, reason = decision.quantize, decision.reason
+        stored, asked = None, decision.scheme or (mixed.scheme(decision, info.name) if mixed else scheme)
         if sensitive == "raise" and reason in RAISED and len(info.shape) == 2:
             wanted, reason, asked = True, RAISED[reason], dataclasses.replace(scheme, bits=RAISED_BITS)
         if wanted:
@@ -150,41 +165,78 @@ def make_plan(
             except FormatError as e:
                 reason = str(e)
                 refused[reason] += 1
+        if decision.scheme is not None:
+            fixed.add(info.name)
         entries.append(Entry(info, stored, reason))
     if not any(e.scheme for e in entries):
         if refused:
             raise FormatError(_none_carried(sink.format, scheme, refused))
         raise PolicyError(_none_wanted(entries))
-    return planned(source, sink, scheme, entries)
+    if getattr(sink, "fused_alike", None):
+        entries = _kept_alike(entries, policy.model, refused)
+        if not any(e.scheme for e in entries):
+            raise FormatError(_none_carried(sink.format, scheme, refused))
+    plan = Plan(sink.format, scheme, (), (), mix=mix, notes=tuple(notes), fixed=frozenset(fixed))
+    return planned(plan, source, sink, entries)
+
+
+def asked_for(scheme: str | Scheme, format_name: str) -> tuple[Mix | None, Scheme]:
+    """(the mix, if the text names one; the scheme, or that with which the mix begins).
+
+    >>> asked_for("int4_g128", "parquet")[1].id, asked_for("q4_k_m", "gguf")[1].id
+    ('int4_g128', 'q4_k')
+
+    Raises SchemeError for what is neither, and FormatError for a mix in a format that has none.
+    """
+    mix = models.mixes.get(scheme) if isinstance(scheme, str) else None
+    if mix is None:
+        return None, Scheme.parse(scheme)
+    if format_name != MIXED_FORMAT:
+        raise FormatError(f"{mix.name} is a mix of schemes, which only --format {MIXED_FORMAT} has, not {format_name}")
+    return mix, Scheme.parse(mix.base)
 
 
 def planned(
+    plan: Plan,
     source: Checkpoint,
     sink: Sink,
-    scheme: Scheme,
     entries: Sequence[Entry],
     measured: Mapping[str, Measured] | None = None,
 ) -> Plan:
-    """The plan that these entries make, with its sizes and warnings."""
+    """The same plan with these entries, with their sizes and with warnings about them."""
+    model = models.find(source.config, source.tensors)
+    entries = _with_shared(entries, model)
     sizes = tuple(sink.n_bytes(e) for e in entries)
-    warnings = [*_unequal_fused(entries), *_left_out(source), *_without_side_files(source, sink)]
-    return Plan(sink.format, scheme, tuple(entries), sizes, tuple(warnings), measured or {})
+    # Readers that do not fuse at all take parts of any kind; a mix gives them different ones on purpose.
+    is_fused = plan.mix is None and getattr(sink, "fused_alike", None) is not False
+    warnings = (*(_unequal_fused(entries, model) if is_fused else ()), *_left_out(source))
+    warnings = (*plan.notes, *warnings, *_without_side_files(source, sink))
+    return dataclasses.replace(
+        plan, entries=tuple(entries), bytes_after=sizes, warnings=warnings, measured=measured or {}
+    )
 
 
-def fused_groups(names: Iterable[str]) -> list[list[str]]:
-    """The names, in order, in groups of those that serving engines fuse; one that is not fused is a group by itself.
+def check_share(plan: Plan, expected: float | None) -> None:
+    """Raise PolicyError where less than this share of the float weights would be quantized; None checks nothing.
 
-    >>> fused_groups(["a.q_proj.weight", "a.o_proj.weight", "a.k_proj.weight", "b.q_proj.weight"])
-    [['a.q_proj.weight', 'a.k_proj.weight'], ['a.o_proj.weight'], ['b.q_proj.weight']]
+    expected: over 0 and up to 1
+
+    The message lists the largest tensors that are kept, with their reasons.
     """
-    groups: dict[tuple[str, object], list[str]] = {}
-    for name in names:
-        module, _, part = name.removesuffix(".weight").rpartition(".")
-        fused = next((parts for parts in FUSED if part in parts and name.endswith(".weight")), None)
-        expert = _EXPERT.match(name)
-        key = (expert[1], "experts") if expert else (module, fused) if fused else (name, None)
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
+    if expected is None:
+        return
+    if not 0 < expected <= 1:
+        raise PolicyError(f"expect_quantized {expected:g}: a share of the weights is over 0 and up to 1 (100%)")
+    weights = [(math.prod(e.info.shape), e) for e in plan.entries if DTYPES[e.info.dtype].is_float]
+    total, quantized = sum(n for n, _ in weights), sum(n for n, e in weights if e.scheme is not None)
+    if quantized >= expected * total:
+        return
+    kept = sorted(((n, e) for n, e in weights if e.scheme is None), key=lambda pair: -pair[0])
+    listed = "; ".join(f"{e.info.name} ({n / total:.1%}): {e.reason}" for n, e in kept[:5])
+    raise PolicyError(
+        f"{quantized / total:.1%} of the weights would be quantized, and {expected:.1%} were expected. The largest of "
+        f"the {len(kept)} tensors that are kept: {listed}"
+    )
 
 
 def in_file_order(source: Checkpoint) -> list[TensorInfo]:
@@ -227,21 +279,75 @@ def _without_side_files(source: Checkpoint, sink: Sink) -> list[str]:
     return [f"{sink.format} is one file: {len(files)} files of the model directory are not in it ({listed})."]
 
 
-def _unequal_fused(entries: Sequence[Entry]) -> list[str]:
+def _unknown(model: Model, source: Checkpoint) -> list[str]:
+    """A warning where config.json names an architecture that is not in the table."""
+    if model.is_known or not model.name:
+        return []
+    return [
+        f"architecture {model.name} is not in the table of models: generic rules decide which tensors are quantized."
+    ]
+
+
+class _Mixed:
+    """The schemes that a mix gives the tensors of one model."""
+
+    def __init__(self, mix: Mix, policy: Policy, source: Checkpoint) -> None:
+        self.mix, self.policy, self.model = mix, policy, policy.model
+        config = source.config or {}
+        heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+        self.gqa = heads // kv_heads if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0 else 1
+        experts = (config.get(key) for key in ("num_local_experts", "num_experts"))
+        self.experts = next((n for n in experts if isinstance(n, int)), 0)
+        # llama.cpp multiplies with the embedding where there is no head.
+        heads_there = {n for n, info in source.tensors.items() if self.model.role(n, info.shape) == "head"}
+        self.is_tied = not heads_there - set(self.model.tied)
+
+    def scheme(self, decision: Decision, name: str) -> Scheme:
+        """The scheme of one tensor."""
+        found = None if self.model.gguf is None else self.model.gguf.name(name)
+        role = "head" if decision.role == "embedding" and self.is_tied else decision.role
+        named, layer = None if found is None else found.name, self.model.layer(name)
+        return Scheme.parse(
+            self.mix.scheme(role, named, layer, self.policy.n_layers, experts=self.experts, gqa=self.gqa)
+        )
+
+
+def _kept_alike(entries: Sequence[Entry], model: Model, refused: Counter[str]) -> list[Entry]:
+    """The same, but that of a fused matrix of which the format refuses one part all parts are kept."""
+    by_name = {e.info.name: e for e in entries}
+    kept: dict[str, str] = {}
+    for group in model.fused_groups(by_name):
+        bad = next((name for name in group if by_name[name].scheme is None and by_name[name].reason in refused), None)
+        if bad is not None:
+            kept |= {n: f"fused with {bad}, which is kept: {by_name[bad].reason}" for n in group if by_name[n].scheme}
+    return [
+        e if e.info.name not in kept else dataclasses.replace(e, scheme=None, reason=kept[e.info.name]) for e in entries
+    ]
+
+
+def _with_shared(entries: Sequence[Entry], model: Model) -> list[Entry]:
+    """The same, with `shared` where parts of a fused matrix must have one global scale."""
+    return [
+        e
+        if e.scheme is None or e.scheme.scale_rule != "global"
+        else dataclasses.replace(e, shared=model.shared(e.info.name) or "")
+        for e in entries
+    ]
+
+
+def _unequal_fused(entries: Sequence[Entry], model: Model) -> list[str]:
     """A warning for each kind of fused matrices whose parts would not have one scheme."""
-    schemes = {e.info.name: e.scheme for e in entries}
-    warnings = []
-    for parts in FUSED:
-        marker = f".{parts[0]}.weight"
-        unequal = [
-            name
-            for name in schemes
-            if name.endswith(marker)
-            and len({schemes[n] for p in parts if (n := name.removesuffix(marker) + f".{p}.weight") in schemes}) > 1
-        ]
-        if unequal:
-            warnings.append(
-                f"{', '.join(parts)} have different schemes in {len(unequal)} layers (first: {unequal[0]}); vLLM and "
-                f"SGLang fuse them and refuse that. Quantize or ignore all of them alike."
-            )
-    return warnings
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        fused = model.fused(entry.info.name)
+        if fused is not None:
+            groups.setdefault(fused, []).append(entry)
+    unequal: dict[str, list[str]] = {}
+    for (parts, _), group in groups.items():
+        if len({e.scheme for e in group}) > 1:
+            unequal.setdefault(parts, []).append(group[0].info.name)
+    return [
+        f"{parts} have different schemes in {len(names)} layers (first: {names[0]}); vLLM and "
+        f"SGLang fuse them and refuse that. Quantize or ignore all of them alike."
+        for parts, names in unequal.items()
+    ]

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import ops, reference, trace
+from .. import models, ops, reference, trace
 from ..backends import Backend, get_backend
 from ..dtypes import DTYPES
 from ..engine import Progress
@@ -25,13 +25,13 @@ from ..engine.converted import convert, divisors_of, recover
 from ..engine.figures import Figures
 from ..engine.interrupts import no_interrupt
 from ..engine.ring import RESERVE, anonymous_bytes
-from ..errors import FormatError, InputError, QualityError
+from ..errors import FormatError, InputError, QualityError, SchemeError
 from ..formats import Checkpoint, Diffusion, Entry, Sink
 from ..formats.diffusion_columns import from_json, to_json
 from ..formats.pieces import Piece
 from ..reference import Findings
 from ..schemes import Scheme, rows_and_length
-from .plan import Measured, Plan, fused_groups, planned
+from .plan import Measured, Plan, planned
 from .policy import RAISED
 
 # A tensor whose cosine is too low gets the next of these widths that is wider than its own.
@@ -102,20 +102,24 @@ def revise(
 
     Every tensor that is to be quantized is read, quantized with the sink's scheme for the width, decoded and compared,
     block by block; nothing is written. Tensors that serving engines fuse get one width: the widest that one of them
-    needs. The plan does not depend on devices and threads.
+    needs. A tensor whose scheme a rule of the policy names keeps it. The plan does not depend on devices and threads.
 
     devices: names as in `pick_device`, which share the tensors
     threads: of the CPU; by default all cores
     memory_limit: as in `quantize_checkpoint`; bounds the threads
     progress: called with (bytes done, bytes in all, tensor name) of the tensors that are measured
 
-    Raises QualityError where fail_fast says so, and where no tensor reaches min_accuracy; NonFiniteError,
-    ScaleOverflowError and DeviceError as a run does.
+    Raises SchemeError for schemes other than int; QualityError where fail_fast says so, and where no tensor reaches
+    min_accuracy; NonFiniteError, ScaleOverflowError and DeviceError as a run does.
     """
     if not widths.is_measured:
         return plan
-    quantized = {e.info.name: e for e in plan.entries if e.scheme is not None}
-    units = [[quantized[name] for name in group] for group in fused_groups(quantized)]
+    if plan.mix is not None or plan.scheme.grid != "int":
+        asked = plan.scheme.id if plan.mix is None else plan.mix.name
+        raise SchemeError(f"{asked} has one width; measured widths begin with an int scheme, for example int4_g128")
+    quantized = {e.info.name: e for e in plan.entries if e.scheme is not None and e.info.name not in plan.fixed}
+    model = models.find(source.config, source.tensors)
+    units = [[quantized[name] for name in group] for group in model.fused_groups(quantized)]
     work = _Work(plan.scheme, source, sink, widths)
     backends = _backends(devices, threads, memory_limit)
     done, total = 0, sum(e.info.n_bytes for e in quantized.values())
@@ -139,7 +143,7 @@ def revise(
     measured = {name: choice.measured for name, choice in chosen.items()}
     if not any(e.scheme for e in entries):
         raise _none_left(plan, entries, measured, widths)
-    return planned(source, sink, plan.scheme, entries, measured)
+    return planned(plan, source, sink, entries, measured)
 
 
 class _Choice(NamedTuple):
