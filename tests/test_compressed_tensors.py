@@ -20,7 +20,8 @@ from arrowquant_gpu.formats import Codes, Entry, TensorInfo, stored_model
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.compressed_tensors import CompressedTensorsCheckpoint
-from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink, ignore_list
+from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink
+from arrowquant_gpu.formats.ignored_modules import ignore_list
 from arrowquant_gpu.formats.model_card import model_card
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.pipeline import quantize_checkpoint

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..dtypes import DTYPES
 from ..errors import FormatError
 from ..schemes import Scheme
 from . import Codes, Entry, Place, TensorInfo
 from .compressed_tensors import BITS, n_words, stored_tensors
+from .ignored_modules import ANY_SCHEME, ignore_list, misfit, module_of
 from .model_sink import ModelSink
 from .pieces import Cut, Piece
-
-# Linear layers of these models are transformers' Conv1D modules, [in, out], which the readers do not match.
-CONV1D_MODELS = frozenset({"gpt2", "imagegpt", "decision_transformer", "openai-gpt", "clvp"})
-_CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_fc|c_proj|q_attn)\.weight$")
-
-# Modules that are embeddings for certain; every other kept matrix goes on the ignore list.
-_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens|word_embeddings?|position_embeddings?|token_type_embeddings|tok_embeddings|wte|wpe"
-    r"|embed_positions|embed_in|shared|relative_attention_bias)\.weight$"
-)
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|lm_head\.decoder|predictions\.decoder|embed_out|proj_out|lm_loss)\.weight$")
-# An output head that is tied to the embedding is a linear module with no tensor of its own.
-_TIED_HEAD = r"re:(?:.*\.)?(?:lm_head|predictions|embed_out|vocab_projector|lm_loss|generator_lm_head)(?:\..*)?$"
 
 
 class CompressedTensorsSink(ModelSink):
@@ -42,41 +29,24 @@ class CompressedTensorsSink(ModelSink):
         if scheme.bits not in BITS:
             raise FormatError(
                 f"compressed-tensors: the readers disagree on the layout of {scheme.bits}-bit codes (it changed in "
-                f"0.18); use int2, int4 or int8, or --format parquet or arrow"
+                f"0.18); use int2, int4 or int8, or {ANY_SCHEME}"
             )
         if scheme.granularity == "tensor":
             raise FormatError(
                 "compressed-tensors: pack-quantized has scales per group or per channel, not per tensor; "
-                "use int8_channel, or --format parquet or arrow"
+                f"use int8_channel, or {ANY_SCHEME}"
             )
-        if len(info.shape) > 2 and re.search(r"experts|moe", info.name):
-            raise FormatError(
-                "stacked experts: compressed-tensors packs linear modules, not stacks of them; "
-                "--format parquet or arrow carries them"
-            )
-        if len(info.shape) != 2 or not info.name.endswith(".weight"):
-            raise FormatError("compressed-tensors packs only 2-D weights of linear modules, named MODULE.weight")
-        if _EMBEDDING.search(info.name):
-            raise FormatError(
-                "an embedding, whose codes the readers of compressed-tensors do not decode; --format parquet or arrow "
-                "carries it"
-            )
-        if self.config.get("model_type") in CONV1D_MODELS and _CONV1D.search(info.name):
-            raise FormatError(
-                "a Conv1D module with transposed weights, which compressed-tensors does not know; "
-                "--format parquet or arrow carries it"
-            )
-        if info.dtype not in KERNEL_DTYPES:
-            raise FormatError(f"compressed-tensors has weights of {', '.join(KERNEL_DTYPES)}, not of {info.dtype}")
+        if (reason := misfit(info, self.config, self.format)) is not None:
+            raise FormatError(reason)
         if scheme.scale_dtype not in ("float32", info.dtype):
             raise FormatError(
                 f"compressed-tensors stores scales in the weights' dtype {info.dtype}, not in {scheme.scale_dtype}; "
-                f"leave the suffix out, or use --format parquet or arrow"
+                f"leave the suffix out, or use {ANY_SCHEME}"
             )
         if info.shape[1] % scheme.group_length(info.shape[1]):
             raise FormatError(
                 f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}, as compressed-tensors "
-                f"needs; --format parquet or arrow carries the rest as a shorter group"
+                f"needs; {ANY_SCHEME} carries the rest as a shorter group"
             )
         return dataclasses.replace(scheme, scale_dtype=info.dtype)
 
@@ -93,12 +63,12 @@ class CompressedTensorsSink(ModelSink):
 
     def fill(self, entry: Entry) -> None:
         """The shape, which is known before any weight is read. See `ModelSink`."""
-        self.put(_module(entry) + ".weight_shape", np.array(entry.info.shape, "<i8"))
+        self.put(module_of(entry) + ".weight_shape", np.array(entry.info.shape, "<i8"))
 
     def quantized_places(self, piece: Piece, scheme: Scheme) -> list[Place]:
         """See `ModelSink`."""
         entry = piece.entry
-        module, length = _module(entry), entry.info.shape[1]
+        module, length = module_of(entry), entry.info.shape[1]
         row_bytes, group = 4 * n_words(length, scheme.bits), scheme.group_length(length)
         column_bytes = piece.column * scheme.bits // 8
         # The last codes of a row are followed by its padding.
@@ -142,7 +112,7 @@ class CompressedTensorsSink(ModelSink):
         for e in entries:
             if e.scheme is not None:
                 # What type the scales have is said by the scales.
-                modules.setdefault(dataclasses.replace(e.scheme, scale_dtype="float32"), []).append(_module(e))
+                modules.setdefault(dataclasses.replace(e.scheme, scale_dtype="float32"), []).append(module_of(e))
         schemes = sorted(modules, key=lambda scheme: scheme.id)
         # Beside a class, vLLM never looks for the name of a module that it has fused.
         targets = [["Linear"]] if len(schemes) == 1 else [modules[scheme] for scheme in schemes]
@@ -176,33 +146,6 @@ def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "output_activations": None,
         "weights": weights,
     }
-
-
-def ignore_list(entries: Sequence[Entry], config: Mapping[str, Any]) -> list[str]:
-    """Names of the modules that stay in float: the readers build the packed layout for every other Linear.
-
-    Names of modules that are not linear do no harm, so a matrix is listed unless it is an embedding for certain.
-    """
-    ignored: dict[str, None] = {}
-    for entry in entries:
-        name = entry.info.name
-        if entry.scheme is not None or len(entry.info.shape) < 2:
-            continue
-        experts = re.match(r"(.*\bexperts)\.[^.\d][^.]*(?:\.weight)?$", name)
-        if experts and len(entry.info.shape) == 3:
-            ignored[experts[1]] = None
-        elif name.endswith(".weight") and len(entry.info.shape) == 2 and not _EMBEDDING.search(name):
-            ignored[_module(entry)] = None
-    quantized = [_module(e) for e in entries if e.scheme is not None]
-    is_base = all(name.endswith("Model") for name in config.get("architectures") or ())
-    has_head = any(_HEAD.search(e.info.name) for e in entries)
-    if not is_base and not has_head and not any(re.match(_TIED_HEAD[3:], name) for name in quantized):
-        ignored[_TIED_HEAD] = None
-    return list(ignored)
-
-
-def _module(entry: Entry) -> str:
-    return entry.info.name.removesuffix(".weight")
 
 
 def _zero_words(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
