@@ -29,7 +29,7 @@ MAX_GROUP_SIZE = 1 << 20
 
 _ID = re.compile(r"(int|affine|nf|fp|e)([0-9]+(?:m[0-9])?)_(?:([gb])([0-9]+)|(channel|tensor))(_asym)?(_f16|_bf16)?")
 _GRAMMAR = (
-    "A scheme is int{2,3,4,5,6,8}_{gN,channel,tensor}[_asym][_f16|_bf16], affine{2,3,4,5,6,8}_gN[_f16|_bf16], "
+    "A scheme is int{2,3,4,5,6,8}_{gN,channel,tensor}[_asym][_f16|_bf16], affine{2,3,4,5,6,8}_g{32,64,128}[_f16|_bf16], "
     "{nf4,fp4}_gN, {e4m3,e5m2}_{gN,channel,tensor,b128}[_f16|_bf16], or one of "
 )
 
@@ -97,7 +97,7 @@ class Scheme:
         if self.grid == "int":
             return plain and self.granularity != "block"
         if self.grid == "affine":
-            return plain and self.granularity == "group" and not self.symmetric
+            return plain and self.granularity == "group" and not self.symmetric and self.group_size in (32, 64, 128)
         if not self.symmetric:
             return False
         if self.grid in ("nf4", "fp4"):

@@ -218,6 +218,18 @@ def clamp(b: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Val
 
 
 @_operation(_same)
+def smaller(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The smaller of two numbers; y where x is NaN or they are equal."""
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
+
+
+@_operation(_same)
+def larger(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """The larger of two numbers; y where x is NaN or they are equal."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@_operation(_same)
 def unsigned_max(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.icmp_unsigned(">", x, y), x, y)
 
@@ -236,6 +248,23 @@ def largest_unsigned(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 @_operation(types.uint32)
 def largest_signed(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return _reduce(b, "smax", x)
+
+
+@_operation(types.float32)
+def lowest(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The lowest lane of numbers; which zero where both are lowest is not defined."""
+    return _float(b, _ordered(b, _reduce(b, "smin", _ordered(b, _int(b, x)))))
+
+
+@_operation(types.float32)
+def highest(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The highest lane of numbers; which zero where both are highest is not defined."""
+    return _float(b, _ordered(b, _reduce(b, "smax", _ordered(b, _int(b, x)))))
+
+
+def _ordered(b: ir.IRBuilder, raw: ir.Value) -> ir.Value:
+    """Bits of floats to integers in the same order, and back."""
+    return b.xor(raw, _with(b, "lshr", _with(b, "ashr", raw, 31), 1))
 
 
 def _reduce(b: ir.IRBuilder, name: str, x: ir.Value) -> ir.Value:
