@@ -24,7 +24,7 @@ def flux_weights(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     spread = np.exp2(rng.uniform(-4, 4, HIDDEN))
     shapes = {
-        "img_in.weight": (HIDDEN, 16),
+        "double_blocks.0.txt_mlp.2.weight": (HIDDEN, 16),
         "double_blocks.0.img_attn.qkv.weight": (3 * HIDDEN, HIDDEN),
         "double_blocks.0.img_attn.proj.weight": (HIDDEN, HIDDEN),
         "double_blocks.0.img_mod.lin.weight": (6 * HIDDEN, HIDDEN),

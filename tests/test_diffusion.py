@@ -58,7 +58,7 @@ LAYERS = {
     f"{BLOCK}.proj.weight": HIDDEN,
     "single_blocks.0.linear1": HIDDEN,
     "double_blocks.0.img_mlp.0": HIDDEN,
-    "img_in": 16,
+    "double_blocks.0.txt_mlp.2": 16,
 }
 TEXT_LAYERS = tuple(f"model.transformer.blocks.0.{part}" for part in ("q_proj", "attn_out", "ff_out"))
 
