@@ -8,7 +8,7 @@
 >>> packed, scales, zeros, findings = quantize(x, s)
 >>> packed.shape, scales.shape, zeros
 ((1, 144), (1, 0), None)
->>> bool(np.abs(dequantize(packed, scales, zeros, s, 256) - x).max() < 0.03)
+>>> bool(np.abs(dequantize(packed, scales, zeros, s, 256) - x).max() < 0.05)
 True
 """
 

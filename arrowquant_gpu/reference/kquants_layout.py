@@ -25,12 +25,11 @@ def join_planes(codes: NDArray[Any], run: int, bits: int) -> Bytes:
     return joined
 
 
-def split_planes(planes: Bytes, run: int, bits: int) -> Bytes:
+def split_planes(planes: NDArray[Any], run: int, bits: int) -> Bytes:
     """The inverse of `join_planes`: [blocks, n * bits / 8] to [blocks, n]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     fields = planes.reshape(len(planes), -1, 1, run) >> shifts
-    codes: Bytes = (fields & ((1 << bits) - 1)).reshape(len(planes), -1)
-    return codes
+    return (fields & ((1 << bits) - 1)).astype(np.uint8).reshape(len(planes), -1)
 
 
 def join_scales_and_minima(scales: Bytes, minima: Bytes) -> Bytes:
@@ -52,4 +51,5 @@ def join_scales(scales: Bytes) -> Bytes:
 
 def split_scales(packed: Bytes) -> Bytes:
     """The inverse of `join_scales`."""
-    return split_planes(packed[:, :8], 8, 4) | split_planes(packed[:, 8:], 4, 2) << 4
+    high = split_planes(packed[:, 8:], 4, 2)
+    return (split_planes(packed[:, :8], 8, 4) | high << 4).astype(np.uint8)

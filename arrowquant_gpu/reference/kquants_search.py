@@ -8,14 +8,14 @@ at once. A sum starts at 0 and adds the n terms in their order.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .weights import F32
 
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]  # of float32
 
 # Sub-blocks whose largest magnitude is below this count as zeros; ggml's GROUP_MAX_EPS.
 SMALLEST = F32(1e-15)
