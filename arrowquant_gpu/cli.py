@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ from .cli_run import TERMINATED, Debug, Device, Json, Overwrite, Quiet, Threads,
 from .cli_serve import serve
 from .cli_size import parse_size
 from .cli_tables import quantize_table
-from .errors import InputError, SchemeError
+from .errors import InputError, PolicyError, SchemeError
 from .schemes import Scheme
 
 if TYPE_CHECKING:
@@ -115,6 +116,21 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="RE", help="Keep tensors whose name matches; may be repeated, wins.")
     ] = None,
+    tensor_scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RE=SCHEME",
+            help="Another scheme for the matrices whose name matches; may be repeated, the first that matches decides.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Ordered rules by name, role or layer, in YAML: see recipe-schema."),
+    ] = None,
+    expect_quantized: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Fail, before anything is written, if less of the weights would be: 90%."),
+    ] = None,
     validate: Annotated[bool, typer.Option("--validate", help="Measure the error of every tensor on the way.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; writes nothing.")] = False,
     overwrite: Overwrite = False,
@@ -154,6 +170,7 @@ def quantize(
         from .formats.hub import resolve
         from .pipeline import quantize_checkpoint
         from .pipeline.profiles import profile as find_profile
+        from .pipeline.recipe import split_tensor_scheme
         from .pipeline.widths import Widths
 
         of_profile = None if profile is None else find_profile(profile)
@@ -167,6 +184,9 @@ def quantize(
             "compression": compression,
             "include": include or (),
             "ignore": ignore or (),
+            "tensor_schemes": [split_tensor_scheme(text) for text in tensor_scheme or ()],
+            "recipe": recipe,
+            "expect_quantized": _share(expect_quantized),
             "overwrite": overwrite,
             "widths": Widths(**widths, fail_fast=fail_fast),
             "diffusion": _diffusion(modality, calibration, timesteps, time_groups, of_profile),
@@ -292,6 +312,14 @@ def info(json: Json = False, debug: Debug = False) -> None:
         report.info(versions(), devices(), kernel_compiler(), pick_device())
 
 
+@app.command(epilog="Example: arrowquant recipe-schema > recipe.schema.json")
+def recipe_schema() -> None:
+    """Print the JSON schema of the files that quantize --recipe reads, for editors that check YAML."""
+    from .pipeline.recipe import schema_text
+
+    print(schema_text(), end="")
+
+
 app.command(epilog="Example: arrowquant quantize-table weights.parquet int4.arrow --scheme int4_g128_asym")(
     quantize_table
 )
@@ -337,8 +365,11 @@ def _diffusion(
 
 def _scheme(
     scheme: str | None, bits: int | None, group_size: str | None, asymmetric: bool, profile: Profile | None
-) -> Scheme:
-    """The scheme that the options name, by id or by parts, of which a profile gives those that are left out."""
+) -> str | Scheme | None:
+    """The scheme that the options name, by id or by parts, of which a profile gives those that are left out.
+
+    None where they name none: it is then that of the recipe, or of the format.
+    """
     if profile is not None:
         if scheme is not None:
             raise SchemeError(
@@ -349,12 +380,31 @@ def _scheme(
     if scheme is not None:
         if bits is not None or group_size is not None or asymmetric:
             raise SchemeError("give --scheme, or --bits, --group-size and --asymmetric, not both")
-        return Scheme.parse(scheme)
+        return scheme
+    if bits is None and group_size is None and not asymmetric:
+        return None
     if group_size in ("channel", "tensor"):
         return Scheme(4 if bits is None else bits, group_size, None, not asymmetric)
     if group_size is not None and not group_size.isdecimal():
         raise SchemeError(f"--group-size {group_size!r}: give a number, channel or tensor")
     return Scheme(4 if bits is None else bits, "group", int(group_size or 128), not asymmetric)
+
+
+def _share(text: str | None) -> float | None:
+    """A share of the weights: 90% or 0.9.
+
+    >>> _share("90%"), _share("0.5")
+    (0.9, 0.5)
+    """
+    if text is None:
+        return None
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise PolicyError(f"--expect-quantized {text!r}: give a share over 0 and up to 100%, like 90% or 0.9")
+    return share
 
 
 def _terminated(signum: int, frame: FrameType | None) -> Any:

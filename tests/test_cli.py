@@ -155,13 +155,15 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
     given = "--format arrow --compression zstd --device cpu,reference --threads 2 --include a --include b --ignore c"
     more = "--validate --overwrite --resume --memory-limit 1.5GiB --read direct --timeline t.json"
     more += " --min-accuracy 0.5 --entropy --sensitive raise --fail-fast"
+    more += " --tensor-scheme a=b=int8_channel --recipe r.yaml --expect-quantized 90%"
     assert run("quantize", weights, tmp_path / "q", *given.split(), *more.split()).exit_code == 1
     paths = {"src": weights, "dst": tmp_path / "q", "timeline": Path("t.json")}
     choices = {"format": "arrow", "device": ["cpu", "reference"], "threads": 2, "include": ["a", "b"], "ignore": ["c"]}
     widths = Widths(0.5, entropy=True, sensitive="raise", fail_fast=True)
     flags = {"validate": True, "overwrite": True, "resume": True, "progress": None, "widths": widths}
     others = {"memory_limit": 3 << 29, "read": "direct", "compression": "zstd", "diffusion": None}
-    assert seen == paths | choices | flags | others
+    rules = {"tensor_schemes": [("a=b", "int8_channel")], "recipe": Path("r.yaml"), "expect_quantized": 0.9}
+    assert seen == paths | choices | flags | others | rules
 
 
 def test_two_devices_share_one_run(model: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from ..formats.targets import target as target_of
 from ..schemes import Scheme
 from .diffusion import decided, explained, modality_of, write_activations
 from .manifest import Manifest, Run, manifest_table, write_manifest
-from .plan import Plan, make_plan
+from .plan import Plan, asked_for, check_share, make_plan
+from .recipe import Recipe
 from .widths import Widths, revise
 
 
@@ -46,6 +47,9 @@ def quantize_checkpoint(
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
+    recipe: Recipe | str | Path | None = ...,
+    tensor_schemes: Sequence[tuple[str, str | Scheme]] = ...,
+    expect_quantized: float | None = ...,
     validate: bool = ...,
     overwrite: bool = ...,
     threads: int | None = ...,
@@ -73,6 +77,9 @@ def quantize_checkpoint(
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
+    recipe: Recipe | str | Path | None = ...,
+    tensor_schemes: Sequence[tuple[str, str | Scheme]] = ...,
+    expect_quantized: float | None = ...,
     validate: bool = ...,
     overwrite: bool = ...,
     threads: int | None = ...,
@@ -98,6 +105,9 @@ def quantize_checkpoint(
     device: str | Sequence[str] = "auto",
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    recipe: Recipe | str | Path | None = None,
+    tensor_schemes: Sequence[tuple[str, str | Scheme]] = (),
+    expect_quantized: float | None = None,
     validate: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -114,7 +124,8 @@ def quantize_checkpoint(
 
     src: a file, an index file, or a model directory
     dst: a directory for the formats "compressed-tensors" and "parquet-tensors", a file for "parquet" and "arrow"
-    scheme: a scheme id, by default that of the format; it may store its scales in another type, see `Plan`
+    scheme: a scheme id, or for GGUF the name of a mix; by default that of the recipe, else of the format, which may
+        store its scales in another type, see `Plan`
     format: by default "compressed-tensors" for a directory with config.json, else "parquet"
     compression: "zstd" makes kept float tensors smaller, and codes hardly, in every format but "compressed-tensors";
         the files are then written a second time at the end of the run, and sizes in the plan are those without it
@@ -125,6 +136,10 @@ def quantize_checkpoint(
         every choice gives the same bytes
     threads: of the CPU
     include, ignore: regular expressions over tensor names, see docs/policy.md
+    recipe: a `Recipe`, or its YAML file, see docs/recipes.md
+    tensor_schemes: pairs of a regular expression over tensor names and a scheme, the first that matches decides; they
+        come before the recipe's rules
+    expect_quantized: the least share of the float weights, over 0 and up to 1, that must be quantized
     validate: measure the error of every quantized tensor (columns of the manifest)
     overwrite: replace what is at `dst`; only ever what an earlier run wrote, never the source
     dry_run: return the plan; writes nothing, and reads headers only unless `widths` or `diffusion` needs more
@@ -156,9 +171,15 @@ def quantize_checkpoint(
     """
     start = time.perf_counter()
     widths = widths or Widths()
+    recipe = Recipe.of(recipe)
     source = open_checkpoint(src)
-    format_name = format or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
-    scheme = Scheme.parse(scheme or target_of(format_name).scheme)
+    format_name = (
+        format
+        or recipe.format
+        or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
+    )
+    scheme = scheme or recipe.scheme or target_of(format_name).scheme
+    asked_for(scheme, format_name)
     files = {info.file for info in source.tensors.values()}
     is_directory = target_of(format_name, compression).is_directory
     output = Output(
@@ -175,7 +196,9 @@ def quantize_checkpoint(
     )
     with contextlib.nullcontext() if timeline is None or dry_run else trace.timeline(timeline):
         with trace.span("plan", source.path.name):
-            plan = make_plan(source, sink, scheme, include, ignore, widths.sensitive)
+            rules: dict[str, Any] = {"recipe": recipe, "tensor_schemes": tensor_schemes}
+            plan = make_plan(source, sink, scheme, include, ignore, widths.sensitive, **rules)
+            check_share(plan, expect_quantized)
             if not dry_run:
                 output.check()
             prepared = prepare(plan.entries, source, diffusion, plan.format)
@@ -185,6 +208,7 @@ def quantize_checkpoint(
         names = [picked.name for picked in pick_devices(device)]
         bounds: dict[str, Any] = {"threads": threads, "memory_limit": memory_limit}
         plan = revise(plan, source, sink, widths, devices=names, progress=progress, **bounds)
+        check_share(plan, expect_quantized)
         plan = explained(plan, prepared)
         if dry_run:
             return plan
