@@ -4,48 +4,13 @@
 // SYMMETRIC  1 or 0
 // OUT_T      float, __half or __nv_bfloat16
 #include "codes.cuh"
-
-// Two decoded weights, rounded together.
-__device__ __forceinline__ void convert(float a, float b, float2& out) { out = make_float2(a, b); }
-__device__ __forceinline__ void convert(float a, float b, __half2& out) { out = __floats2half2_rn(a, b); }
-__device__ __forceinline__ void convert(float a, float b, __nv_bfloat162& out) { out = __floats2bfloat162_rn(a, b); }
-
-template <typename T>
-struct PairOf;
-template <>
-struct PairOf<float> {
-  using type = float2;
-};
-template <>
-struct PairOf<__half> {
-  using type = __half2;
-};
-template <>
-struct PairOf<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-};
+#include "decoded.cuh"
 
 // Code j of a stream, decoded. The code is read as the float 2^23 + code; the difference is a small integer, exact.
 __device__ __forceinline__ float decode(u64 stream, int j, float zero, float scale) {
   const u32 code = static_cast<u32>(stream >> (BITS * j)) & LEVELS;
   return __fmul_rn(__fsub_rn(__uint_as_float(code | 0x4b000000u), 8388608.0f + OFFSET + zero), scale);
 }
-
-struct alignas(16) Decoded {
-  PairOf<OUT_T>::type pair[CHUNK / 2];
-
-  __device__ __forceinline__ void store(OUT_T* p, int n, bool whole) const {
-    if (whole) {
-#pragma unroll
-      for (unsigned i = 0; i < sizeof(pair) / 16; ++i)
-        reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(pair)[i];
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < CHUNK; ++j)
-      if (j < n) p[j] = reinterpret_cast<const OUT_T*>(pair)[j];
-  }
-};
 
 // Decode the chunks lane, lane + lanes, ... of a run of several groups, whose borders lie within chunks.
 __device__ void decode_run(const u8* in, i64 n, OUT_T* out, Stored stored, int group, int lane, int lanes) {
@@ -99,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 4)
     for (i64 i = lane * CHUNK; i < n; i += lanes * CHUNK) {
       const int m = static_cast<int>(min(n - i, static_cast<i64>(CHUNK)));
       const u64 stream = load_packed(in + i / CHUNK * BITS, m, aligned_in && m == CHUNK);
-      Decoded d;
+      Decoded<OUT_T> d;
 #pragma unroll
       for (int j = 0; j < CHUNK; j += 2)
         convert(decode(stream, j, zero, scale), decode(stream, j + 1, zero, scale), d.pair[j / 2]);

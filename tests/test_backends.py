@@ -41,8 +41,9 @@ class Outputs:
     def __init__(self, backend: Backend, scheme: Scheme, shape: tuple[int, int]) -> None:
         self.backend = backend
         self.packed = self._new(scheme.packed_shape(shape), np.uint8)
-        self.scales = self._new(scheme.scales_shape(shape), DTYPES[scheme.scale_dtype].numpy)
-        self.zeros = None if scheme.symmetric else self._new(scheme.scales_shape(shape), np.uint8)
+        self.scales = self._new(scheme.scales_shape(shape), DTYPES[scheme.scale_storage].numpy)
+        beside, dtype = scheme.zeros_shape(shape), scheme.zeros_dtype
+        self.zeros = None if beside is None or dtype is None else self._new(beside, DTYPES[dtype].numpy)
 
     def _new(self, shape: tuple[int, ...], dtype: Any) -> Any:
         made = self.backend.empty(shape, dtype)

@@ -1,4 +1,4 @@
-"""The CPU kernels of family affine: docs/numerics_affine.md says what they compute, cpu_kernels.py how they are built."""
+"""The CPU kernels of family affine; what they compute: docs/numerics_affine.md, how they are built: cpu_kernels.py."""
 
 from __future__ import annotations
 

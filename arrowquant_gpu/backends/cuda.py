@@ -23,9 +23,9 @@ from ..schemes import Scheme
 from . import Job, launches, nvrtc, variants
 from . import counters as counted
 from .counters import COUNTERS
+from .launches import BLOCK, SCALE_TYPES
 from .variants import Variant
 
-BLOCK = 256  # threads of a block, as in kernels/common.cuh
 BLOCKS_PER_SM = 16  # a few waves, to even out; the kernels loop over what is beyond
 WEIGHTS_PER_THREAD = 32
 STAGE_BYTES = 16 << 20  # of one pinned staging buffer
@@ -37,7 +37,6 @@ _PIECE = 4096
 _WARP_WEIGHTS = 8192
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY
-_SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in kernels/codes.cuh
 
 
 def usable() -> tuple[bool, str]:
@@ -293,7 +292,7 @@ class _Cut(NamedTuple):
         """The arguments from `rows` to `along` that the kernels quantize and dequantize have in common."""
         return (
             *(np.int64(self.rows), np.int64(self.length), np.int64(self.runs_per_row)),
-            np.int32(_SCALE_TYPES[scheme.scale_dtype]),
+            np.int32(SCALE_TYPES[scheme.scale_dtype]),
             *(np.int64(self.group), np.int32(self.run_groups), np.int64(self.across), np.int64(self.along)),
         )
 

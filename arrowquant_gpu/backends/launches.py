@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 from ..schemes import Scheme
 from .variants import Variant
 
+BLOCK = 256  # threads of a block, as in kernels/common.cuh
+SCALE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # as in kernels/codes.cuh
+
 
 class Launch(NamedTuple):
     """A kernel over `n_units` units of work, `units_per_block` of them in a block of 256 threads; it loops where the

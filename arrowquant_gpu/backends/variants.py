@@ -33,6 +33,11 @@ class Variant:
         return " ".join([self.source, *(f"{name}={value}" for name, value in self.macros)])
 
 
+def variant(source: str, **macros: str | int) -> Variant:
+    """A variant by its file and macros."""
+    return Variant(source, tuple((name, str(value)) for name, value in macros.items()))
+
+
 def quantize(bits: int, symmetric: bool, dtype: str, group: int, solver: str = "minmax") -> Variant:
     """The kernel that decides scales and encodes, for groups of `group` weights of a kernel dtype.
 
@@ -42,7 +47,7 @@ def quantize(bits: int, symmetric: bool, dtype: str, group: int, solver: str = "
     'quantize BITS=4 SYMMETRIC=1 IN_T=__nv_bfloat16 GROUP=0 SOLVER=minmax'
     """
     held = group if group in GROUPS else 0
-    return _variant("quantize", BITS=bits, SYMMETRIC=int(symmetric), IN_T=C_TYPES[dtype], GROUP=held, SOLVER=solver)
+    return variant("quantize", BITS=bits, SYMMETRIC=int(symmetric), IN_T=C_TYPES[dtype], GROUP=held, SOLVER=solver)
 
 
 def encode(bits: int, symmetric: bool, dtype: str) -> Variant:
@@ -52,12 +57,12 @@ def encode(bits: int, symmetric: bool, dtype: str) -> Variant:
 
 def value_range(dtype: str) -> Variant:
     """The kernel that finds the range of a whole tensor."""
-    return _variant("value_range", IN_T=C_TYPES[dtype])
+    return variant("value_range", IN_T=C_TYPES[dtype])
 
 
 def dequantize(bits: int, symmetric: bool, dtype: str) -> Variant:
     """The kernel that decodes to a kernel dtype, for groups of any length."""
-    return _variant("dequantize", BITS=bits, SYMMETRIC=int(symmetric), OUT_T=C_TYPES[dtype])
+    return variant("dequantize", BITS=bits, SYMMETRIC=int(symmetric), OUT_T=C_TYPES[dtype])
 
 
 def every() -> Iterator[Variant]:
@@ -69,7 +74,3 @@ def every() -> Iterator[Variant]:
         yield dequantize(bits, symmetric, dtype)
     for dtype in KERNEL_DTYPES:
         yield value_range(dtype)
-
-
-def _variant(source: str, **macros: str | int) -> Variant:
-    return Variant(source, tuple((name, str(value)) for name, value in macros.items()))

@@ -14,12 +14,11 @@ from .ptx_parse import Entry, Instruction, parse
 
 # Entry -> the fused multiply-adds it may contain, as expressions over registers: mul(x, r) is the result of mul.rn.f32
 # of the registers that x and r stand for, and a letter stands for one register wherever it is.
-LISTED_FMA: dict[str, tuple[str, ...]] = {
-    "quantize": (
-        "fma(neg(mul(x, r)), s, x)",  # the residual of the quotient x * r, r = RN(1 / s)
-        "fma(fma(neg(mul(x, r)), s, x), r, mul(x, r))",  # the quotient corrected by it
-    ),
-}
+_QUOTIENT = (
+    "fma(neg(mul(x, r)), s, x)",  # the residual of the quotient x * r, r = RN(1 / s)
+    "fma(fma(neg(mul(x, r)), s, x), r, mul(x, r))",  # the quotient corrected by it
+)
+LISTED_FMA: dict[str, tuple[str, ...]] = {"quantize": _QUOTIENT, "quantize_affine": _QUOTIENT}
 
 # Without a rounding modifier the assembler is free to contract these.
 ROUNDED = ("add", "sub", "mul", "div", "rcp", "sqrt", "fma", "mad")
