@@ -30,9 +30,13 @@ READ = (
     "file per tensor, or a Parquet or Arrow file that arrowquant wrote"
 )
 
-# Module of formats/ and class that read a directory, by the quant_method of its config.json.
+# Module of formats/ and class that read a directory, by the quant_method of its config.json; MLX has a key of its own.
 READERS = {
+    "mlx": "mlx:MlxCheckpoint",
     "compressed-tensors": "compressed_tensors:CompressedTensorsCheckpoint",
+    "gptq": "gptq_checkpoint:GptqCheckpoint",
+    "awq": "awq:AwqCheckpoint",
+    "bitsandbytes": "bitsandbytes_checkpoint:BitsAndBytesCheckpoint",
 }
 
 
@@ -83,6 +87,8 @@ def quant_method(path: Path) -> str:
         raise SourceError(f"{path}: config.json cannot be read: {getattr(e, 'strerror', None) or e}") from e
     if not isinstance(config, dict):
         raise SourceError(f"{path}: config.json is no JSON object")
+    if isinstance(config.get("quantization"), dict) and "quant_method" not in (config.get("quantization_config") or {}):
+        return "mlx"
     found = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(found, dict):
         raise SourceError(f"{path}: config.json has no quantization_config: this is no quantized model")

@@ -29,7 +29,18 @@ class Target(NamedTuple):
 
 
 TARGETS: Mapping[str, Target] = {
-    "compressed-tensors": Target(True, "compressed_tensors_sink:CompressedTensorsSink", is_model=True),
+    "compressed-tensors": Target(
+        True,
+        "compressed_tensors_sink:CompressedTensorsSink",
+        is_model=True,
+        options={"activations": ("none", "dynamic")},
+    ),
+    "mlx": Target(True, "mlx:MlxSink", scheme="affine4_g64", is_model=True),
+    "gptq": Target(True, "gptq:GptqSink", is_model=True, options={"checkpoint_format": ("gptq", "gptq_v2")}),
+    "awq": Target(True, "awq:AwqSink", "int4_g128_asym", is_model=True),
+    "bitsandbytes": Target(
+        True, "bitsandbytes:BitsAndBytesSink", "nf4_g64", is_model=True, options={"double_quant": ("false", "true")}
+    ),
     "parquet": Target(False, "parquet:ParquetSink", compressions=("zstd",)),
     "parquet-tensors": Target(True, "parquet_tensors:ParquetTensorsSink", compressions=("zstd",)),
     "arrow": Target(False, "arrow_ipc:ArrowSink", compressions=("zstd",)),
