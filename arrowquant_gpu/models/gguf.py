@@ -184,7 +184,7 @@ class Gguf:
             )
         if key.only is not None and value not in key.only:
             able = (
-                f"llama.cpp is told of {', '.join(key.only)}" if key.only else "that needs tensors that are not written"
+                f"what GGUF can say is {', '.join(key.only)}" if key.only else "that needs tensors that are not written"
             )
             raise FormatError(f"config.json has {key.sources[0]} {value!r}; {able}. Choose another --format.")
         if key.type == "text":

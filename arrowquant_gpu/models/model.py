@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .gguf import Gguf, ggufs
@@ -38,14 +38,19 @@ class Model:
         return self.rule(name, shape).role
 
     def rule(self, name: str, shape: Sequence[int]) -> Rule:
-        """The rule of generic.toml that decides: for the role in the table of the architecture, else by the name."""
+        """The rule of generic.toml that decides: for the role in the table of the architecture, else by the name.
+
+        Where no rule is for that role with so many dimensions, the name decides, and the role stays.
+        """
         rules, ndim = [r for r in generic().rules if len(shape) in r.ndim], len(shape)
         first = next(r for r in rules if r.match.search(name))
         if ndim < 2 or first.role == "bias":
             return first
         role = next((role for role, pattern in self._roles if pattern.search(name)), None)
+        if role is None:
+            return first
         own = [r for r in rules if r.role == role]
-        return next((r for r in own if r.match.search(name)), own[0] if own else first)
+        return next((r for r in own if r.match.search(name)), own[0] if own else replace(first, role=role))
 
     def is_own(self, name: str) -> bool:
         """Whether the architecture's own table says what this tensor is."""
