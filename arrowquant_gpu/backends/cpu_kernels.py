@@ -12,15 +12,14 @@ all schemes, and the optimiser moves the branches out of the loops. The arrays b
 from __future__ import annotations
 
 import functools
-import inspect
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numba import njit, types
 
-from . import cpu_vectors
 from .cpu_vectors import (
     BLOCK,
     LANES,
@@ -87,9 +86,9 @@ def _kernel(function: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
     def compiled() -> Callable[..., Any]:
         for cache in (True, False):
             try:
-                if cache:  # Numba looks for edits in this file only: a new name makes it see those of the other
-                    source = inspect.getsource(cpu_vectors)
-                    function.__qualname__ = f"{name}_{zlib.crc32(source.encode()):08x}"
+                if cache:  # Numba looks for edits in the kernel's file only: a new name makes it see all others
+                    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("cpu_*.py")))
+                    function.__qualname__ = f"{name}_{zlib.crc32(sources):08x}"
                 kernel = njit(cache=cache, **_OPTIONS)(function)
                 kernel.compile(signature)
                 break

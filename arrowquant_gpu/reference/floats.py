@@ -130,10 +130,11 @@ def small_codes(x: NDArray[np.float32], grid: str) -> NDArray[np.uint8]:
 def _factors(scales: NDArray[Any], zeros: NDArray[Any] | None, scheme: Scheme) -> NDArray[np.float32]:
     """What a scale, as stored, multiplies values of the grid by: float32 of the same shape."""
     if scheme.scale_dtype == "e8m0":
-        return np.ldexp(F32(1), scales.astype(np.int32) - 127)
+        powers: NDArray[np.float32] = np.ldexp(F32(1), scales.astype(np.int32) - 127)
+        return powers
     if scheme.scale_dtype == "e4m3":
         local = VALUES["e4m3"][scales]
-        return local if zeros is None else local / zeros
+        return local if zeros is None else np.asarray(local / zeros)
     return scales.astype(F32)
 
 
@@ -153,7 +154,8 @@ def _codes(
             divisors = np.maximum(factors, LEAST_ABSMAX)
             whole = x.shape[1] - x.shape[1] % scheme.group_length(x.shape[1])
             v = np.where(np.arange(x.shape[1]) < whole, x * (F32(1) / divisors), x / divisors)
-            return CODES[scheme.grid][np.searchsorted(MIDPOINTS[scheme.grid], np.clip(v, F32(-1), F32(1)))]
+            found: NDArray[np.uint8] = CODES[scheme.grid][np.searchsorted(MIDPOINTS[scheme.grid], v)]
+            return found
         v = x / factors
         if scheme.grid != "e2m1":
             return small_codes(v, scheme.grid)
