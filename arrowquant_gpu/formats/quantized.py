@@ -18,6 +18,7 @@ from ..schemes import rows_and_length
 from ..tensor import QuantizedTensor
 from . import QuantizedCheckpoint
 from .arrow_ipc import ArrowCheckpoint
+from .gguf_checkpoint import GgufCheckpoint
 from .parquet import ParquetCheckpoint
 from .parquet_tensors import INDEX, ParquetTensorsCheckpoint
 from .recognise import by_first_bytes
@@ -27,7 +28,7 @@ PIECE_WEIGHTS = 1 << 20
 
 READ = (
     "what can be read is a quantized model directory in a format that arrowquant writes, a directory with one Parquet "
-    "file per tensor, or a Parquet or Arrow file that arrowquant wrote"
+    "file per tensor, a Parquet or Arrow file that arrowquant wrote, or a GGUF file"
 )
 
 # Module of formats/ and class that read a directory, by the quant_method of its config.json; MLX has a key of its own.
@@ -62,6 +63,8 @@ def open_quantized(path: str | Path) -> QuantizedCheckpoint:
         return ParquetCheckpoint(path)
     if head.startswith(b"ARROW1"):
         return ArrowCheckpoint(path)
+    if head.startswith(b"GGUF"):
+        return GgufCheckpoint(path)
     what = "a safetensors file" if head[8:9] == b"{" else by_first_bytes(head) or "not known by its first bytes"
     raise SourceError(f"{path} is no quantized checkpoint but {what}; {READ}")
 

@@ -41,6 +41,9 @@ TARGETS: Mapping[str, Target] = {
     "bitsandbytes": Target(
         True, "bitsandbytes:BitsAndBytesSink", "nf4_g64", is_model=True, options={"double_quant": ("false", "true")}
     ),
+    "gguf": Target(
+        False, "gguf:GgufSink", "q4_k_m", is_model=True, options={"tokenizer": ("model", "none"), "pre": ()}
+    ),
     "parquet": Target(False, "parquet:ParquetSink", compressions=("zstd",)),
     "parquet-tensors": Target(True, "parquet_tensors:ParquetTensorsSink", compressions=("zstd",)),
     "arrow": Target(False, "arrow_ipc:ArrowSink", compressions=("zstd",)),
