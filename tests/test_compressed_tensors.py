@@ -30,31 +30,9 @@ from arrowquant_gpu.tensor import QuantizedTensor
 
 from .bitwise import assert_bitwise_equal
 from .fixtures import llama_shapes, tiny_llama, write_safetensors
+from .model_files import load, model, quantize, torch_tensor
 
 RNG = np.random.default_rng(20261121)
-
-
-def model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any] | None = None) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama", "architectures": ["LlamaModel"]}))
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt", "kept": "yes"})
-    return folder
-
-
-def load(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors, read by this test alone: header and bytes."""
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        raw = file.read_bytes()
-        n = int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8 : 8 + n])
-        kinds = {d.safetensors: d.numpy for d in DTYPES.values()}
-        for name, t in header.items():
-            if name != "__metadata__":
-                begin, end = (8 + n + o for o in t["data_offsets"])
-                assert begin % DTYPES["int64"].bits == 0 or begin % kinds[t["dtype"]].itemsize == 0
-                tensors[name] = np.frombuffer(raw[begin:end], kinds[t["dtype"]]).reshape(t["shape"])
-    return tensors
 
 
 def codes_by_hand(words: np.ndarray, bits: int, length: int) -> np.ndarray:
@@ -64,11 +42,6 @@ def codes_by_hand(words: np.ndarray, bits: int, length: int) -> np.ndarray:
     for k in range(length):
         out[:, k] = (rows[:, k * bits // 32] >> (k * bits % 32)) & ((1 << bits) - 1)
     return out
-
-
-def quantize(source: Path, target: Path, scheme: str, **options: Any) -> Path:
-    quantize_checkpoint(source, target, scheme, device="reference", **options)
-    return target
 
 
 # Bytes.
@@ -392,14 +365,16 @@ def _weights(**values: Any) -> Any:
         (_put("a.weight_shape", np.array([-4, 64])), "a.weight_shape is .-4, 64."),
         (_put("a.weight_g_idx", np.zeros(64, np.int32)), "activation order"),
         (_put("a.weight_scale", np.ones((4, 2), np.int8)), "a.weight_scale is int8"),
+        (_weights(num_bits=4.0), "4.0-bit codes"),
         (_weights(num_bits=3), "3-bit codes, whose layout depends on what wrote them"),
         (_weights(num_bits=8), "a.weight_packed is int32 .4, 8.; int8_g32_asym .4, 64. has int32 .4, 16."),
         (_weights(strategy="tensor"), "strategy 'tensor'"),
         (_weights(group_size=-3), "group size -3"),
         (_weights(group_size="many"), "a.weight"),
         (_weights(actorder="group"), "activation order"),
-        (_weights(type="float"), "pack-quantized is what can be read"),
-        (lambda t, c, g: g.update(format="int-quantized"), "format 'int-quantized'"),
+        (_weights(type="float"), "type 'float' in the format pack-quantized"),
+        (lambda t, c, g: g.update(format="int-quantized"), "zero points in the format int-quantized"),
+        (lambda t, c, g: g.update(format="marlin-24"), "format 'marlin-24'; pack-quantized, .* are what can be read"),
         (lambda t, c, g: g.update(targets=["re:b$"]), "no group of quantization_config has it as a target"),
         (lambda t, c, g: g.update(targets=["re:(("]), "no regular expression"),
         (lambda t, c, g: g.update(targets=3), "no targets"),
@@ -463,13 +438,6 @@ def decoded(source: Path, scheme: str, dtype: str) -> dict[str, np.ndarray]:
             packed, scales, zeros, _ = reference.quantize(x, parsed)
             out[name] = reference.dequantize(packed, scales, zeros, parsed, x.shape[1], dtype)
     return out
-
-
-def torch_tensor(x: np.ndarray) -> Any:
-    import torch
-
-    bits = torch.from_numpy(np.ascontiguousarray(x).view(np.int16 if x.itemsize == 2 else np.int32).copy())
-    return bits.view(getattr(torch, x.dtype.name))
 
 
 INTEROP = [

@@ -1,15 +1,4 @@
-"""compressed-tensors checkpoints, format `pack-quantized`: the layout, and the reader. The sink is a file of its own.
-
-One linear module `P` of [N, K] weights of b bits (docs/compressed_tensors.md):
-
-    P.weight_packed      int32 [N, ceil(K b / 32)]   the code stream of schemes.py, each row padded to whole words
-    P.weight_scale       weights' dtype [N, groups]
-    P.weight_shape       int64 [2]                   N, K
-    P.weight_zero_point  int32 [ceil(N b / 32), groups], asymmetric only: packed like codes, but down each column
-
-Codes and zero points are stored as in this package, offset by 2**(b-1). Source: vllm-project/compressed-tensors,
-compressors/pack_quantized and quantization/quant_config.py, versions 0.12 to 0.20.
-"""
+"""The reader of compressed-tensors checkpoints; the layout is in compressed_tensors_layout.py."""
 
 from __future__ import annotations
 
@@ -17,140 +6,142 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import SchemeError, SourceError
-from ..schemes import Scheme
+from ..schemes import SCALE_SUFFIXES, Scheme
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo
+from .compressed_tensors_layout import CONTAINERS, INTS, NVFP4, PACKED, parsed, stored_tensors
 from .stored_model import StoredModel, row_blocks
 
-# The widths whose packing every version of the readers agrees on, and which divide a 32-bit word.
-BITS = (2, 4, 8)
+# Types that codes have under the name of the float weight.
+_CODES = tuple({row.dtype for row in CONTAINERS.values() if not row.codes})
 
 
-def n_words(n: int, bits: int) -> int:
-    """32-bit words that hold n codes."""
-    return -(-n * bits // 32)
+class _Group(NamedTuple):
+    """A group of modules in config.json: its format, and what it says of their weights."""
 
-
-def stored_tensors(info: TensorInfo, scheme: Scheme | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a tensor becomes in the file: name -> (dtype, shape). `info` is that of the float tensor.
-
-    >>> info = TensorInfo("fc.weight", "bfloat16", (8, 64), Path("m"), 0, 1024)
-    >>> stored_tensors(info, Scheme.parse("int4_g32_bf16"))["fc.weight_packed"]
-    ('int32', (8, 8))
-    """
-    if scheme is None:
-        return {info.name: (info.dtype, info.shape)}
-    (n, k), groups = info.shape, scheme.scales_shape(info.shape)[1]
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {
-        f"{info.name}_packed": ("int32", (n, n_words(k, scheme.bits))),
-        f"{info.name}_scale": (scheme.scale_dtype, (n, groups)),
-        f"{info.name}_shape": ("int64", (2,)),
-    }
-    if not scheme.symmetric:
-        stored[f"{info.name}_zero_point"] = ("int32", (n_words(n, scheme.bits), groups))
-    return stored
+    targets: list[str]
+    format: str
+    weights: Mapping[str, Any]
 
 
 class CompressedTensorsCheckpoint(StoredModel):
-    """Reads a `pack-quantized` model directory, from this package or another, int2, int4 or int8. See `StoredModel`."""
+    """Reads a model directory of any format in `CONTAINERS`, from this package or another. See `StoredModel`."""
 
     format = "compressed-tensors"
 
     def find(self, config: Mapping[str, Any]) -> dict[str, Entry]:
         """See `StoredModel`."""
         self._groups = self._config_groups(config)
-        packed = {name: self._packed_entry(name) for name in self.headers if name.endswith(".weight_packed")}
-        parts = {part for entry in packed.values() for part in stored_tensors(entry.info, entry.scheme)}
-        return self.with_kept(packed, parts)
+        self._formats: dict[str, str] = {}
+        found: dict[str, Entry] = {}
+        parts: set[str] = set()
+        for name, info in self.headers.items():
+            is_packed = name.endswith(".weight_packed")
+            if is_packed or (name.endswith(".weight") and info.dtype in _CODES and f"{name}_scale" in self.headers):
+                found[name] = entry = self._entry(name.removesuffix("_packed"), info)
+                parts |= stored_tensors(entry.info, entry.scheme, self._formats[entry.info.name]).keys()
+                # Of activations, which are not read.
+                parts |= {
+                    f"{entry.info.name.removesuffix('weight')}input{kind}" for kind in ("_scale", "_global_scale")
+                }
+        return self.with_kept(found, parts)
 
     def quantized_blocks(self, entry: Entry, scheme: Scheme) -> Iterator[tuple[int, QuantizedTensor]]:
         """See `StoredModel`."""
-        name, (n, k) = entry.info.name, entry.info.shape
-        row_bytes = scheme.packed_shape((1, k))[1]
-        packed = self.view(self.headers[f"{name}_packed"]).view(np.uint8)
-        scales = self.view(self.headers[f"{name}_scale"])
-        words = None if scheme.symmetric else self.view(self.headers[f"{name}_zero_point"])
-        for row, stop in row_blocks(n, packed.shape[1]):
-            zeros = None if words is None else _unpack_zeros(words, scheme.bits, row, stop)
+        name, (n, k), written = entry.info.name, entry.info.shape, self._formats[entry.info.name]
+        row_bytes = scheme.row_bytes(k)
+        codes = self.view(self.headers[name + CONTAINERS[written].codes]).view(np.uint8)
+        scales = self._array(f"{name}_scale", scheme).reshape(scheme.scales_shape(entry.info.shape))
+        words = self.view(self.headers[f"{name}_zero_point"]) if written == PACKED and not scheme.symmetric else None
+        beside = self.view(self.headers[f"{name}_global_scale"]).reshape(1, 1) if written == NVFP4 else None
+        unit = scheme.group_size or 1 if scheme.granularity == "block" else 1
+        for row, stop in row_blocks(n, codes.shape[1], unit):
+            packed = codes[row:stop, :row_bytes]
+            if written == INTS:
+                packed = packed ^ np.uint8(scheme.offset)
+            zeros = beside if words is None else _unpack_zeros(words, scheme.bits, row, stop)
+            lines = slice(None) if scheme.granularity == "tensor" else slice(row // unit, -(-stop // unit))
             shape = stop - row, k
-            yield (
-                row,
-                QuantizedTensor(packed[row:stop, :row_bytes], scales[row:stop], zeros, shape, scheme, entry.info.dtype),
-            )
+            yield row, QuantizedTensor(packed, scales[lines], zeros, shape, scheme, entry.info.dtype)
 
-    def _config_groups(self, config: Mapping[str, Any]) -> list[tuple[list[str], Mapping[str, Any]]]:
-        """(targets, weights) of each group. Raises SourceError for another method or format."""
+    def _array(self, name: str, scheme: Scheme) -> NDArray[Any]:
+        """Scales as QuantizedTensor holds them: those of one byte as bytes."""
+        stored = self.view(self.headers[name])
+        return stored if scheme.scale_dtype in SCALE_SUFFIXES else stored.view(np.uint8)
+
+    def _config_groups(self, config: Mapping[str, Any]) -> list[_Group]:
+        """The groups of modules. Raises SourceError for another method."""
         found = config.get("quantization_config") or config.get("compression_config")
         if not isinstance(found, dict):
             raise self.fail("config.json has no quantization_config: this is no quantized model")
         method = found.get("quant_method")
         if method != "compressed-tensors":
             raise self.fail(f"quantization_config has quant_method {method!r}; compressed-tensors is what can be read")
-        groups: list[tuple[list[str], Mapping[str, Any]]] = []
+        groups: list[_Group] = []
         described = found.get("config_groups")
         for group in described.values() if isinstance(described, dict) else ():
             targets, weights = (group.get(k) if isinstance(group, dict) else None for k in ("targets", "weights"))
             if not isinstance(targets, list) or not isinstance(weights, dict):
                 raise self.fail("a group of quantization_config has no targets or no weights")
-            written = group.get("format") or found.get("format")
-            if written != "pack-quantized" or weights.get("type") != "int":
-                raise self.fail(f"compressed-tensors format {written!r}; pack-quantized is what can be read")
-            if weights.get("actorder") == "group":
-                raise self.fail("activation order (actorder: group) cannot be read")
-            groups.append(([str(target) for target in targets], weights))
+            written = str(group.get("format") or found.get("format"))
+            groups.append(_Group([str(target) for target in targets], written, weights))
         return groups
 
-    def _scheme_of(self, name: str) -> Scheme:
-        """The scheme of the float tensor `name`: an exact or re: target goes before a class name."""
+    def _group_of(self, name: str) -> _Group:
+        """The group of the float tensor `name`: an exact or re: target goes before a class name."""
         module = name.removesuffix(".weight")
-        by_name = (w for targets, w in self._groups if any(_is_target(target, module) for target in targets))
-        by_class = (w for targets, w in self._groups if "Linear" in targets)
+        by_name = (g for g in self._groups if any(_is_target(target, module) for target in g.targets))
+        by_class = (g for g in self._groups if "Linear" in g.targets)
         matched = next(itertools.chain(by_name, by_class), None)
         if matched is None:
-            raise self.fail(f"{name} is packed, but no group of quantization_config has it as a target")
-        bits, strategy = matched.get("num_bits"), matched.get("strategy")
-        if bits not in BITS:
-            raise self.fail(f"{name}: {bits}-bit codes, whose layout depends on what wrote them, cannot be read")
-        if strategy not in ("group", "channel"):
-            raise self.fail(f"{name}: strategy {strategy!r}; group and channel are what can be read")
-        size = matched.get("group_size") if strategy == "group" else None
-        scale_dtype = self.headers[f"{name}_scale"].dtype if f"{name}_scale" in self.headers else "none"
-        if scale_dtype not in KERNEL_DTYPES:
-            raise self.fail(f"{name}_scale is {scale_dtype}; expected one of {', '.join(KERNEL_DTYPES)}")
-        try:
-            return Scheme(bits, strategy, size, bool(matched.get("symmetric", True)), scale_dtype)
-        except (SchemeError, TypeError) as e:
-            raise self.fail(f"{name}: {e}") from e
+            raise self.fail(f"{name} is quantized, but no group of quantization_config has it as a target")
+        return matched
 
-    def _packed_entry(self, packed: str) -> Entry:
-        """The float tensor of a `weight_packed`, all of whose parts are checked against each other."""
-        name = packed.removesuffix("_packed")
+    def _entry(self, name: str, codes: TensorInfo) -> Entry:
+        """The float tensor `name` with these codes, all of whose parts are checked against each other."""
         if f"{name}_g_idx" in self.headers:
             raise self.fail(f"{name}_g_idx: activation order cannot be read")
-        scheme, shape, stored = self._scheme_of(name), self._shape_of(name), self.headers[packed]
-        n_bytes = DTYPES[scheme.scale_dtype].bits // 8 * math.prod(shape)
-        info = TensorInfo(name, scheme.scale_dtype, shape, stored.file, stored.offset, n_bytes)
-        for part, expected in stored_tensors(info, scheme).items():
+        group = self._group_of(name)
+        scale = self.headers.get(f"{name}_scale")
+        has = "none" if scale is None else scale.dtype
+        stored = CONTAINERS[group.format].scales if group.format in CONTAINERS else None
+        if stored is None and has not in KERNEL_DTYPES:
+            raise self.fail(f"{name}_scale is {has}; expected one of {', '.join(KERNEL_DTYPES)}")
+        try:
+            scheme = parsed(group.weights, group.format, has)
+        except SchemeError as e:
+            raise self.fail(f"{name}: {e}") from e
+        shape = self._shape_of(name, codes, group.format)
+        dtype = scheme.scale_dtype if group.format == PACKED else self.weight_dtype(name)
+        n_bytes = DTYPES[dtype].bits // 8 * math.prod(shape)
+        info = TensorInfo(name, dtype, shape, codes.file, codes.offset, n_bytes)
+        for part, expected in stored_tensors(info, scheme, group.format).items():
             found = self.headers.get(part)
-            if found is None or (found.dtype, found.shape) != expected:
+            # One number is a tensor of one or of no dimension.
+            shapes = {expected[1], ()} if expected[1] == (1,) else {expected[1]}
+            if found is None or found.dtype != expected[0] or found.shape not in shapes:
                 has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
                 raise self.fail(f"{part} {has}; {scheme.id} {list(shape)} has {expected[0]} {list(expected[1])}")
+        self._formats[name] = group.format
         return Entry(info, scheme, "packed")
 
-    def _shape_of(self, name: str) -> tuple[int, int]:
+    def _shape_of(self, name: str, codes: TensorInfo, written: str) -> tuple[int, int]:
+        if written != PACKED:
+            if len(codes.shape) != 2:
+                raise self.fail(f"{codes.name} is {list(codes.shape)}, no matrix")
+            n, k = codes.shape
+            return (n, 2 * k) if CONTAINERS[written].dtype == "uint8" else (n, k)
         info = self.headers.get(f"{name}_shape")
         if info is None or info.shape != (2,) or info.dtype != "int64":
             raise self.fail(f"{name}_shape is missing, or not two int64")
-        with info.file.open("rb") as f:
-            f.seek(info.offset)
-            n, k = np.frombuffer(f.read(info.n_bytes), "<i8").tolist()
+        n, k = self.view(info).tolist()
         if n < 0 or k < 0:
             raise self.fail(f"{name}_shape is {[n, k]}")
         return n, k

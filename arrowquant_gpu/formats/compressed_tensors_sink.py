@@ -1,4 +1,4 @@
-"""The sink for compressed-tensors checkpoints, format `pack-quantized`; the layout is in compressed_tensors.py."""
+"""The sink for compressed-tensors checkpoints; the layout is in compressed_tensors_layout.py."""
 
 from __future__ import annotations
 
@@ -11,34 +11,88 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import FormatError
-from ..schemes import Scheme
+from ..schemes import SCALE_SUFFIXES, Scheme
 from . import Codes, Entry, Place, TensorInfo
-from .compressed_tensors import BITS, n_words, stored_tensors
+from .compressed_tensors_layout import (
+    BITS,
+    INTS,
+    PACKED,
+    Stored,
+    activation_arguments,
+    container,
+    n_words,
+    stored_tensors,
+    weight_arguments,
+)
+from .engine_rules import Rule, broken
 from .ignored_modules import ANY_SCHEME, ignore_list, misfit, module_of
 from .model_sink import ModelSink
 from .pieces import Cut, Piece
 
+# Group sizes that vLLM's kernels for packed integers (Marlin) have; docs/formats/compressed_tensors.md has the sources.
+MARLIN_GROUPS = (32, 64, 128)
+
+
+def _is_packed(scheme: Scheme) -> bool:
+    return scheme.grid == "int"
+
+
+RULES = (
+    Rule(
+        "vLLM and SGLang",
+        "have packed weights of 4 and 8 bits only; {what} would not load there.",
+        lambda info, scheme: _is_packed(scheme) and scheme.bits == 2,
+    ),
+    Rule(
+        "vLLM",
+        f"has kernels for groups of {', '.join(map(str, MARLIN_GROUPS))} and for channels only; {{what}} would not "
+        "load there.",
+        lambda info, scheme: scheme.grid == "int" and scheme.group_size not in (None, *MARLIN_GROUPS),
+    ),
+    Rule(
+        "vLLM",
+        "before it padded weights wants rows that are a multiple of 128 long and a number of rows that is one of 64, "
+        "in each part of tensor parallelism; that is not so for {what}.",
+        lambda info, scheme: _is_packed(scheme) and (info.shape[1] % 128 > 0 or info.shape[0] % 64 > 0),
+    ),
+    Rule(
+        "transformers",
+        "with compressed-tensors 0.18 to 0.20 loads zero points only with CompressedTensorsConfig(dequantize=True); "
+        "{what} have some.",
+        lambda info, scheme: not scheme.symmetric,
+    ),
+    Rule(
+        "transformers",
+        "decodes {what} to bfloat16: load the model with dtype bfloat16, or with "
+        "CompressedTensorsConfig(dequantize=True).",
+        lambda info, scheme: scheme.scale_dtype not in SCALE_SUFFIXES and info.dtype != "bfloat16",
+    ),
+)
+
 
 class CompressedTensorsSink(ModelSink):
-    """Writes a model directory. See `ModelSink`."""
+    """Writes a model directory; which format of compressed-tensors follows from the scheme. See `ModelSink`.
+
+    activations: "dynamic" has engines quantize activations too, while the model runs: int8_channel is then
+        int-quantized (W8A8) instead of pack-quantized, and e4m3 is FP8 for both
+    """
 
     format = "compressed-tensors"
 
+    def __init__(self, *arguments: Any, activations: str = "none", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.activations = activations
+
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
-        """The scheme with scales in the weights' own dtype. See `Sink`."""
-        if scheme.bits not in BITS:
-            raise FormatError(
-                f"compressed-tensors: the readers disagree on the layout of {scheme.bits}-bit codes (it changed in "
-                f"0.18); use int2, int4 or int8, or {ANY_SCHEME}"
-            )
-        if scheme.granularity == "tensor":
-            raise FormatError(
-                "compressed-tensors: pack-quantized has scales per group or per channel, not per tensor; "
-                f"use int8_channel, or {ANY_SCHEME}"
-            )
+        """The scheme as its format holds it: packed integers have scales in the weights' own dtype. See `Sink`."""
+        found = container(scheme, self.activations)
+        if found is None:
+            raise FormatError(f"compressed-tensors: {_why_not(scheme, self.activations)}, or {ANY_SCHEME}")
+        name, scheme = found
         if (reason := misfit(info, self.config, self.format)) is not None:
             raise FormatError(reason)
-        if scheme.scale_dtype not in ("float32", info.dtype):
+        is_plain = scheme.scale_dtype in SCALE_SUFFIXES
+        if is_plain and scheme.scale_dtype not in ("float32", info.dtype):
             raise FormatError(
                 f"compressed-tensors stores scales in the weights' dtype {info.dtype}, not in {scheme.scale_dtype}; "
                 f"leave the suffix out, or use {ANY_SCHEME}"
@@ -48,11 +102,15 @@ class CompressedTensorsSink(ModelSink):
                 f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}, as compressed-tensors "
                 f"needs; {ANY_SCHEME} carries the rest as a shorter group"
             )
-        return dataclasses.replace(scheme, scale_dtype=info.dtype)
+        return dataclasses.replace(scheme, scale_dtype=info.dtype) if name == PACKED else scheme
 
-    def tensors(self, entry: Entry) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def warnings(self, entries: Sequence[Entry]) -> list[str]:
+        """What engines refuse or misread of these, though the format has it: a sentence for each broken rule."""
+        return broken(RULES if self.activations == "none" else RULES[3:], entries)
+
+    def tensors(self, entry: Entry) -> Stored:
         """See `ModelSink`."""
-        return stored_tensors(entry.info, entry.scheme)
+        return stored_tensors(entry.info, entry.scheme, "" if entry.scheme is None else self._container(entry.scheme))
 
     def cut(self, entry: Entry) -> Cut:
         """A word holds the zero points of 32 / bits rows, so these stay together. See `ModelSink`."""
@@ -63,48 +121,58 @@ class CompressedTensorsSink(ModelSink):
 
     def fill(self, entry: Entry) -> None:
         """The shape, which is known before any weight is read. See `ModelSink`."""
-        self.put(module_of(entry) + ".weight_shape", np.array(entry.info.shape, "<i8"))
+        if entry.scheme is not None and self._container(entry.scheme) == PACKED:
+            self.put(f"{entry.info.name}_shape", np.array(entry.info.shape, "<i8"))
 
     def quantized_places(self, piece: Piece, scheme: Scheme) -> list[Place]:
         """See `ModelSink`."""
-        entry = piece.entry
-        module, length = module_of(entry), entry.info.shape[1]
-        row_bytes, group = 4 * n_words(length, scheme.bits), scheme.group_length(length)
+        name, length = piece.entry.info.name, piece.entry.info.shape[1]
+        codes, *beside = self.tensors(piece.entry)
+        row_bytes = self._row_bytes(scheme, length)
         column_bytes = piece.column * scheme.bits // 8
         # The last codes of a row are followed by its padding.
         is_end = piece.column + piece.columns == length
         n_codes = piece.rows * ((row_bytes - column_bytes) if is_end else piece.columns * scheme.bits // 8)
-        scale_bytes = DTYPES[scheme.scale_dtype].bits // 8
-        groups = -(-length // group)
-        n_scales = piece.rows * -(-piece.columns // group)
-        found = [
-            self.place(module + ".weight_packed", piece.row * row_bytes + column_bytes, n_codes),
-            self.place(
-                module + ".weight_scale",
-                (piece.row * groups + piece.column // group) * scale_bytes,
-                n_scales * scale_bytes,
-            ),
-        ]
-        if not scheme.symmetric:
+        found = [self.place(codes, piece.row * row_bytes + column_bytes, n_codes)]
+        scale_bytes = DTYPES[scheme.scale_storage].bits // 8
+        if scheme.granularity == "tensor":
+            # One for all pieces: it comes with the first.
+            found += [self.place(f"{name}_scale", 0, scale_bytes)] if piece.number == 0 else []
+        else:
+            rows, groups = scheme.scales_shape((piece.rows, length))
+            first = scheme.scales_shape((piece.row, length))[0] * groups + piece.column // scheme.group_length(length)
+            n_scales = rows * -(-piece.columns // scheme.group_length(length))
+            found.append(self.place(f"{name}_scale", first * scale_bytes, n_scales * scale_bytes))
+        if f"{name}_zero_point" in beside:
+            groups = scheme.scales_shape((piece.rows, length))[1]
             first, n = piece.row * scheme.bits // 32, n_words(piece.rows, scheme.bits)
-            found.append(self.place(module + ".weight_zero_point", first * groups * 4, n * groups * 4))
+            found.append(self.place(f"{name}_zero_point", first * groups * 4, n * groups * 4))
+        if f"{name}_global_scale" in beside and piece.number == 0:
+            found.append(self.place(f"{name}_global_scale", 0, 4))
         return found
 
     def quantized_arrays(self, piece: Piece, scheme: Scheme, codes: Codes) -> list[NDArray[Any]]:
         """See `ModelSink`."""
-        packed, length = codes.packed, piece.entry.info.shape[1]
-        if piece.column + piece.columns == length:
-            wanted = 4 * n_words(length, scheme.bits) - piece.column * scheme.bits // 8
+        packed, length, name = codes.packed, piece.entry.info.shape[1], self._container(scheme)
+        if name == INTS:
+            # Without the offset, as two's complement has it.
+            packed = packed ^ np.uint8(scheme.offset)
+        elif piece.column + piece.columns == length:
+            wanted = self._row_bytes(scheme, length) - piece.column * scheme.bits // 8
             if packed.shape[1] != wanted:
                 packed = np.pad(packed, ((0, 0), (0, wanted - packed.shape[1])))
-        arrays: list[NDArray[Any]] = [packed, codes.scales]
-        if codes.zeros is not None:
+        arrays: list[NDArray[Any]] = [packed]
+        if scheme.granularity != "tensor" or piece.number == 0:
+            arrays.append(codes.scales)
+        if codes.zeros is not None and scheme.scale_rule != "global":
             arrays.append(_zero_words(codes.zeros, scheme.bits))
+        elif codes.zeros is not None and piece.number == 0:
+            arrays.append(codes.zeros)
         return arrays
 
     def described(self, provenance: Mapping[str, str]) -> str:
         """See `ModelSink`."""
-        return f"{provenance.get('scheme', 'integers')}, in the format pack-quantized of compressed-tensors"
+        return f"{provenance.get('scheme', 'integers')}, in the format of compressed-tensors"
 
     def quantization(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """See `ModelSink`."""
@@ -112,14 +180,17 @@ class CompressedTensorsSink(ModelSink):
         for e in entries:
             if e.scheme is not None:
                 # What type the scales have is said by the scales.
-                modules.setdefault(dataclasses.replace(e.scheme, scale_dtype="float32"), []).append(module_of(e))
+                is_plain = e.scheme.scale_dtype in SCALE_SUFFIXES
+                scheme = dataclasses.replace(e.scheme, scale_dtype="float32") if is_plain else e.scheme
+                modules.setdefault(scheme, []).append(module_of(e))
         schemes = sorted(modules, key=lambda scheme: scheme.id)
         # Beside a class, vLLM never looks for the name of a module that it has fused.
         targets = [["Linear"]] if len(schemes) == 1 else [modules[scheme] for scheme in schemes]
-        groups = map(_config_group, schemes, targets)
+        groups = [self._config_group(scheme, names) for scheme, names in zip(schemes, targets, strict=True)]
+        formats = {group["format"] for group in groups}
         quantization = {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "ignore": ignore_list(entries, self.config),
@@ -128,24 +199,44 @@ class CompressedTensorsSink(ModelSink):
         }
         return {"quantization_config": quantization}
 
+    def _container(self, scheme: Scheme) -> str:
+        found = container(scheme, self.activations)
+        assert found is not None  # scheme_for refused it otherwise
+        return found[0]
 
-def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    """What config.json says of the modules of one scheme; `targets` are their names, or their class."""
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": scheme.granularity,
-        "group_size": scheme.group_size,
-        "dynamic": False,
-    }
-    return {
-        "targets": targets,
-        "format": "pack-quantized",
-        "input_activations": None,
-        "output_activations": None,
-        "weights": weights,
-    }
+    def _row_bytes(self, scheme: Scheme, length: int) -> int:
+        return 4 * n_words(length, scheme.bits) if self._container(scheme) == PACKED else scheme.row_bytes(length)
+
+    def _config_group(self, scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+        """What config.json says of the modules of one scheme; `targets` are their names, or their class."""
+        return {
+            "targets": targets,
+            "format": self._container(scheme),
+            "input_activations": activation_arguments(scheme, self.activations),
+            "output_activations": None,
+            "weights": weight_arguments(scheme),
+        }
+
+
+def _why_not(scheme: Scheme, activations: str) -> str:
+    """Why there is no format for a scheme, and what to use instead."""
+    if activations != "none":
+        return (
+            f"activations=dynamic goes with int8_channel and e4m3_{{tensor,channel,b128}}, not with {scheme.id}; use "
+            f"one of these, or leave the option out"
+        )
+    if scheme.grid == "int" and scheme.bits not in BITS:
+        return (
+            f"the readers disagree on the layout of {scheme.bits}-bit codes, which changed in 0.18; use int2, int4 or "
+            f"int8"
+        )
+    if scheme.grid == "int":
+        return "pack-quantized has scales per group or per channel, not per tensor; use int8_channel"
+    if scheme.family in ("ggml", "kquant"):
+        return f"it has no blocks of ggml as {scheme.id} has; use --format gguf"
+    other = {"affine": "mlx", "nf4": "bitsandbytes", "fp4": "bitsandbytes"}.get(scheme.grid)
+    alternative = f", or --format {other}" if other else ""
+    return f"it has no {scheme.id}; use e4m3_{{tensor,channel,b128}}, nvfp4, mxfp4, mxfp8, int4_g128{alternative}"
 
 
 def _zero_words(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

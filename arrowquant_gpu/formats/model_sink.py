@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES
+from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import FormatError
 from ..schemes import Scheme
 from . import Checkpoint, Codes, Entry, Place, TensorInfo, safetensors
@@ -22,6 +23,8 @@ from .pieces import Cut, Piece, pieces
 INDEX = "model.safetensors.index.json"
 # Key of config.json, and of the metadata of the files, under which a sink says how the weights were made.
 RECORD = "arrowquant"
+# Key of the metadata of a file: the types of weights that were quantized in it, where config.json speaks of another.
+WEIGHT_DTYPES = f"{RECORD}.dtypes"
 
 # name -> (dtype, shape) of the tensors that one tensor of the source becomes.
 Stored = dict[str, tuple[str, tuple[int, ...]]]
@@ -154,6 +157,7 @@ class ModelSink(ABC):
             name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
             stored = [(t, dtype, shape) for e in shard for t, (dtype, shape) in self.tensors(e).items()]
             record = {f"{RECORD}.{key}": value for key, value in provenance.items()}
+            record |= _dtypes_record(shard, self.config)
             header, places = safetensors.layout(stored, {**metadata, **record})
             self._output.create(name, max([len(header), *(end for _, end in places.values())]))
             self._output.write(name, 0, np.frombuffer(header, np.uint8))
@@ -180,6 +184,28 @@ class ModelSink(ABC):
             room -= n
         if shard:
             yield shard
+
+
+def config_dtype(config: Mapping[str, Any]) -> str:
+    """The type of the weights that a config.json speaks of, of itself or of its parts; bfloat16 where it does not.
+
+    >>> config_dtype({"torch_dtype": "float16"}), config_dtype({"text_config": {"dtype": "float32"}}), config_dtype({})
+    ('float16', 'float32', 'bfloat16')
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        found = part.get("dtype", part.get("torch_dtype"))
+        if isinstance(found, str) and found in KERNEL_DTYPES:
+            return found
+    return "bfloat16"
+
+
+def _dtypes_record(entries: Sequence[Entry], config: Mapping[str, Any]) -> dict[str, str]:
+    """What the metadata of a file say of the types that its quantized weights had."""
+    names: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.scheme is not None and entry.info.dtype != config_dtype(config):
+            names.setdefault(entry.info.dtype, []).append(entry.info.name)
+    return {WEIGHT_DTYPES: json.dumps(names)} if names else {}
 
 
 def kept(entry: Entry) -> Stored:

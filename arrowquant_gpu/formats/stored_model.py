@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES
+from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import SourceError
 from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo, safetensors
-from .model_sink import INDEX, RECORD
+from .model_sink import INDEX, RECORD, WEIGHT_DTYPES, config_dtype
 from .output import MANIFEST
 
 _BLOCK_BYTES = 16 << 20
@@ -47,6 +47,7 @@ class StoredModel(ABC):
         self.headers: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._maps: dict[Path, NDArray[np.uint8]] = {}
+        self._dtypes: dict[str, str] = {}
         files = self._weight_files()
         for file in files:
             header = safetensors.read_header(file)
@@ -54,6 +55,7 @@ class StoredModel(ABC):
                 raise SourceError(f"{file}: tensor {min(twice)} is in another file too")
             self.headers |= header.tensors
             self.metadata |= {k: v for k, v in header.metadata.items() if not k.startswith(f"{RECORD}.")}
+            self._dtypes |= self._noted_dtypes(file, header.metadata)
         self.entries = self.find(config)
         skipped = {*files, *(self.path / name for name in ("config.json", INDEX, MANIFEST, *self.added_files))}
         self.side_files = tuple(p for p in sorted(self.path.rglob("*")) if p.is_file() and p not in skipped)
@@ -80,6 +82,10 @@ class StoredModel(ABC):
         raw = self._maps[info.file][info.offset : info.offset + info.n_bytes]
         dtype = DTYPES[info.dtype].numpy
         return np.asarray(raw) if dtype is None else np.asarray(raw).view(dtype).reshape(info.shape)
+
+    def weight_dtype(self, name: str) -> str:
+        """The type that a tensor had before it was quantized: what its file says, else that of config.json."""
+        return self._dtypes.get(name) or config_dtype(self.config or {})
 
     def with_kept(self, quantized: Mapping[str, Entry], parts: Collection[str]) -> dict[str, Entry]:
         """All entries in the order of the files: `quantized`, by the stored tensor in whose place each of them is, and
@@ -117,6 +123,13 @@ class StoredModel(ABC):
         x = x.reshape(1, -1) if DTYPES[entry.info.dtype].numpy is None else x.reshape(rows_and_length(entry.info.shape))
         for row, stop in row_blocks(x.shape[0], x.shape[1] * x.itemsize):
             yield row, x[row:stop]
+
+    def _noted_dtypes(self, file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
+        try:
+            noted = json.loads(metadata.get(WEIGHT_DTYPES, "{}"))
+            return {name: dtype for dtype in noted.keys() & set(KERNEL_DTYPES) for name in noted[dtype]}
+        except (ValueError, RecursionError, TypeError, AttributeError) as e:
+            raise SourceError(f"{file}: {WEIGHT_DTYPES} of its metadata is no JSON of names by dtype: {e}") from e
 
     def _weight_files(self) -> list[Path]:
         if not (self.path / INDEX).exists():

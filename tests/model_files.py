@@ -1,0 +1,103 @@
+"""Model directories for tests of formats: written with any tensors, quantized, and read by nothing of the package."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arrowquant_gpu.dtypes import DTYPES
+from arrowquant_gpu.formats import Codes, Entry, Sink
+from arrowquant_gpu.formats.output import Output
+from arrowquant_gpu.pipeline import quantize_checkpoint
+
+from .fixtures import write_safetensors
+
+
+def model(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any] | None = None) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama", "architectures": ["LlamaModel"]}))
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt", "kept": "yes"})
+    return folder
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors, read by this test alone: header and bytes."""
+    tensors = {}
+    for file in sorted([folder] if folder.is_file() else folder.glob("*.safetensors")):
+        raw = file.read_bytes()
+        n = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + n])
+        kinds = {d.safetensors: d.numpy for d in DTYPES.values()}
+        for name, t in header.items():
+            if name != "__metadata__":
+                begin, end = (8 + n + o for o in t["data_offsets"])
+                assert begin % kinds[t["dtype"]].itemsize == 0
+                tensors[name] = np.frombuffer(raw[begin:end], kinds[t["dtype"]]).reshape(t["shape"])
+    return tensors
+
+
+def quantize(source: Path, target: Path, scheme: str, **options: Any) -> Path:
+    quantize_checkpoint(source, target, scheme, device="reference", **options)
+    return target
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Load a quantized model, change its tensors and its config, and write them again."""
+    tensors = dict(load(folder))
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def written_in(
+    order: np.random.Generator, sink: Sink, output: Output, entry: Entry, codes: Codes, source: Any
+) -> Iterator[str]:
+    """Write one tensor piece by piece in a random order, each with its part of the codes of the whole; and what is
+    wrong with the places, if anything is."""
+    assert entry.scheme is not None
+    output.begin()
+    sink.open([entry], source, {})
+    filled: dict[str, list[tuple[int, int]]] = {}
+    found, length = sink.pieces(entry), entry.info.shape[-1]
+    for i in order.permutation(len(found)):
+        p = found[i]
+        for place, array in zip(sink.places(p), sink.stored(p, part_of(codes, p, entry.scheme, length)), strict=True):
+            if place.n_bytes != array.nbytes:
+                yield f"{array.nbytes} bytes for {place}"
+            output.write(place.file, place.offset, np.ascontiguousarray(array))
+            filled.setdefault(place.file, []).append((place.offset, place.offset + place.n_bytes))
+    sink.finish(entry)
+    sink.commit()
+    for spans in filled.values():
+        if not all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(spans))):
+            yield "places overlap"
+
+
+def part_of(codes: Codes, p: Any, scheme: Any, length: int) -> Codes:
+    """The codes of one piece, cut out of those of the whole tensor."""
+    group = scheme.group_length(length)
+    columns = slice(scheme.row_bytes(p.column), scheme.row_bytes(p.column + p.columns))
+    packed = codes.packed[p.row : p.row + p.rows, columns]
+    if scheme.granularity == "tensor":
+        return Codes(packed, codes.scales, codes.zeros)
+    unit = group if scheme.granularity == "block" else 1
+    rows, groups = (
+        slice(p.row // unit, -(-(p.row + p.rows) // unit)),
+        slice(p.column // group, -(-(p.column + p.columns) // group)),
+    )
+    zeros = codes.zeros if codes.zeros is None or scheme.scale_rule == "global" else codes.zeros[rows, groups]
+    return Codes(packed, codes.scales[rows, groups], zeros)
+
+
+def torch_tensor(x: np.ndarray) -> Any:
+    """The same bits as a torch tensor."""
+    import torch
+
+    bits = {1: np.uint8, 2: np.int16, 4: np.int32}[x.itemsize]
+    return torch.from_numpy(np.ascontiguousarray(x).view(bits).copy()).view(getattr(torch, x.dtype.name))
