@@ -16,7 +16,7 @@ from .cli_run import TERMINATED, Debug, Device, Json, Overwrite, Quiet, Threads,
 from .cli_serve import serve
 from .cli_size import parse_size
 from .cli_tables import quantize_table
-from .errors import InputError, PolicyError, SchemeError
+from .errors import FormatError, InputError, PolicyError, SchemeError
 from .schemes import Scheme
 
 if TYPE_CHECKING:
@@ -95,10 +95,22 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="compressed-tensors, parquet, parquet-tensors (a directory with a file per tensor) or arrow. "
+            help="One of the formats that `arrowquant formats` lists, such as compressed-tensors, awq, mlx or gguf. "
             "[default: compressed-tensors for a model directory, parquet for a lone file]",
         ),
     ] = None,
+    format_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the format, see `arrowquant formats`; may be repeated."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest file of a model directory, like 5GB. [default: as in SRC]"),
+    ] = None,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option("--allow-requantize", help="SRC may be quantized already: decode it, with the errors of both."),
+    ] = False,
     compression: Annotated[
         str | None,
         typer.Option(metavar="C", help="zstd, for every format but compressed-tensors. [default: none]"),
@@ -181,6 +193,9 @@ def quantize(
         source = resolve(src)
         options: dict[str, Any] = {
             "format": format,
+            "format_options": _format_options(format_option),
+            "max_shard_size": parse_size(max_shard_size),
+            "allow_requantize": allow_requantize,
             "compression": compression,
             "include": include or (),
             "ignore": ignore or (),
@@ -312,6 +327,15 @@ def info(json: Json = False, debug: Debug = False) -> None:
         report.info(versions(), devices(), kernel_compiler(), pick_device())
 
 
+@app.command(epilog="Example: arrowquant formats")
+def formats(json: Json = False, debug: Debug = False) -> None:
+    """List the output formats: what each is, its default scheme, and its options."""
+    with run("formats", json, False, 0, debug) as report:
+        from .cli_info import formats as known
+
+        report.formats(known())
+
+
 @app.command(epilog="Example: arrowquant recipe-schema > recipe.schema.json")
 def recipe_schema() -> None:
     """Print the JSON schema of the files that quantize --recipe reads, for editors that check YAML."""
@@ -388,6 +412,15 @@ def _scheme(
     if group_size is not None and not group_size.isdecimal():
         raise SchemeError(f"--group-size {group_size!r}: give a number, channel or tensor")
     return Scheme(4 if bits is None else bits, "group", int(group_size or 128), not asymmetric)
+
+
+def _format_options(texts: list[str] | None) -> dict[str, str]:
+    """The pairs of KEY=VALUE. Raises FormatError."""
+    pairs = [text.partition("=") for text in texts or ()]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise FormatError(f"--format-option {key}{equals}{value}: it is KEY=VALUE, for example double_quant=true")
+    return {key: value for key, _, value in pairs}
 
 
 def _share(text: str | None) -> float | None:

@@ -55,6 +55,22 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
+def formats() -> list[dict[str, Any]]:
+    """The output formats, as `arrowquant formats` shows them."""
+    from .formats.targets import TARGETS
+
+    return [
+        {
+            "format": name,
+            "target": "directory" if row.is_directory else "file",
+            "scheme": row.scheme,
+            "options": {key: list(values) for key, values in row.options.items()},
+            "compressions": list(row.compressions),
+        }
+        for name, row in TARGETS.items()
+    ]
+
+
 def kernel_compiler() -> str:
     """What compiles the CUDA kernels here, or why nothing does."""
     from .backends import nvrtc

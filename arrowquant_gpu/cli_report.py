@@ -57,6 +57,13 @@ _TENSORS: tuple[Column, ...] = (
 # Of a run that validated, this many of the worst tensors are shown; the manifest has all.
 N_WORST = 5
 
+FORMATS: tuple[Column, ...] = (
+    ("format", "format", False),
+    ("target", "target", False),
+    ("scheme", "default scheme", False),
+    ("options", "options", False),
+)
+
 
 class Report:
     """Collects what one command found and prints it once, at its end."""
@@ -187,6 +194,14 @@ class Report:
             kernel_compiler=compiler,
             auto=auto._asdict(),
         )
+
+    def formats(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The output formats; of each option the default first."""
+        shown = [
+            {**row, "options": "; ".join(f"{key}={'|'.join(values)}" for key, values in row["options"].items())}
+            for row in rows
+        ]
+        self.add(table(shown, FORMATS), formats=list(rows))
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Table:

@@ -156,6 +156,7 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
     more = "--validate --overwrite --resume --memory-limit 1.5GiB --read direct --timeline t.json"
     more += " --min-accuracy 0.5 --entropy --sensitive raise --fail-fast"
     more += " --tensor-scheme a=b=int8_channel --recipe r.yaml --expect-quantized 90%"
+    more += " --format-option a=b --format-option c=d=e --max-shard-size 5GB --allow-requantize"
     assert run("quantize", weights, tmp_path / "q", *given.split(), *more.split()).exit_code == 1
     paths = {"src": weights, "dst": tmp_path / "q", "timeline": Path("t.json")}
     choices = {"format": "arrow", "device": ["cpu", "reference"], "threads": 2, "include": ["a", "b"], "ignore": ["c"]}
@@ -163,7 +164,8 @@ def test_options_reach_the_library(weights: Path, tmp_path: Path, monkeypatch: p
     flags = {"validate": True, "overwrite": True, "resume": True, "progress": None, "widths": widths}
     others = {"memory_limit": 3 << 29, "read": "direct", "compression": "zstd", "diffusion": None}
     rules = {"tensor_schemes": [("a=b", "int8_channel")], "recipe": Path("r.yaml"), "expect_quantized": 0.9}
-    assert seen == paths | choices | flags | others | rules
+    written = {"format_options": {"a": "b", "c": "d=e"}, "max_shard_size": 5 * 10**9, "allow_requantize": True}
+    assert seen == paths | choices | flags | others | rules | written
 
 
 def test_two_devices_share_one_run(model: Path, tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ ERRORS = [
     (6, "quantize WEIGHTS WEIGHTS --device cpu", "source"),
     (6, "quantize WEIGHTS MODEL --device cpu --overwrite", "llama"),
     (7, "quantize MODEL OUT --scheme int3_g32 --device cpu", "int3_g32"),
-    (7, "quantize WEIGHTS OUT --format gguf --device cpu", "gguf"),
+    (7, "quantize WEIGHTS OUT --format onnx --device cpu", "onnx"),
     (9, "quantize WEIGHTS OUT --ignore fc --device cpu", "--include"),
     (10, "quantize WEIGHTS OUT --min-accuracy 1 --device cpu", "fc.weight"),
     (10, "quantize WEIGHTS OUT --profile edge --min-accuracy 0.95 --fail-fast --device cpu", "fc.weight"),

@@ -15,6 +15,7 @@ import pytest
 
 from arrowquant_gpu import dequantize_checkpoint, quantize_checkpoint, reference
 from arrowquant_gpu.dtypes import DTYPES
+from arrowquant_gpu.engine.decoded import narrow
 from arrowquant_gpu.errors import InputError, SourceError, TargetError
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.arrow_ipc import ArrowSink
@@ -104,18 +105,18 @@ def test_original_dtypes_that_kernels_do_not_write(tmp_path: Path, sink: type, d
     got = open_checkpoint(tmp_path / "back.safetensors").view("w")
     q = model.want["w"]
     exact = reference.dequantize(q.packed, q.scales, q.zeros, q.scheme, 32)
-    assert_bitwise_equal(got, module.narrow(exact, dtype))
+    assert_bitwise_equal(got, narrow(exact, dtype))
     assert np.abs(got.astype(np.float64) - x.astype(np.float64)).max() < 5
 
 
 def test_narrow_saturates() -> None:
     huge = np.array([-1e30, 1e30, 0.5, 1.5, 2.5, -1.4], np.float32)
-    assert module.narrow(huge, "int8").tolist() == [-128, 127, 0, 2, 2, -1]
-    assert module.narrow(huge, "uint8").tolist() == [0, 255, 0, 2, 2, 0]
-    assert module.narrow(huge[:2], "int64").tolist() == [-(2**63), 2**63 - 1024]
-    assert module.narrow(huge[:2], "uint64").tolist() == [0, 2**64 - 2048]
-    assert module.narrow(huge[:2], "float8_e5m2").astype(np.float32).tolist() == [-57344.0, 57344.0]
-    assert module.narrow(huge[:2], "float64").tolist() == [float(v) for v in huge[:2]]
+    assert narrow(huge, "int8").tolist() == [-128, 127, 0, 2, 2, -1]
+    assert narrow(huge, "uint8").tolist() == [0, 255, 0, 2, 2, 0]
+    assert narrow(huge[:2], "int64").tolist() == [-(2**63), 2**63 - 1024]
+    assert narrow(huge[:2], "uint64").tolist() == [0, 2**64 - 2048]
+    assert narrow(huge[:2], "float8_e5m2").astype(np.float32).tolist() == [-57344.0, 57344.0]
+    assert narrow(huge[:2], "float64").tolist() == [float(v) for v in huge[:2]]
 
 
 def test_a_directory_is_whole(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

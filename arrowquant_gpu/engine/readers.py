@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..errors import InputError, SourceError
 from ..formats import Checkpoint
 from . import Load, Reader
+from .decoded import DecodedCheckpoint, DecodedReader
 
 READERS = ("mapped", "buffered", "direct", "gds")
 
@@ -40,10 +41,13 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def open_reader(name: str, source: Checkpoint) -> Reader:
-    """The reader of this name over the files of `source`, which it opens when they are first read.
+    """The reader of this name over the files of `source`, which it opens when they are first read; of a source that is
+    decoded, the one that decodes.
 
     Raises InputError for a name that is none of READERS, and DeviceError for gds where kvikio is not installed.
     """
+    if isinstance(source, DecodedCheckpoint):
+        return DecodedReader(source)
     if name == "mapped":
         return MappedReader(source)
     if name == "buffered":

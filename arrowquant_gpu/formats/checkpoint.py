@@ -26,7 +26,7 @@ from ..errors import SourceError
 from . import TensorInfo
 from .recognise import (
     DEQUANTIZE,
-    ORIGINAL,
+    REQUANTIZE,
     by_first_bytes,
     by_suffix,
     quantized_config,
@@ -365,7 +365,7 @@ def _refuse_quantized(path: Path, found: str | None) -> None:
     if found is not None:
         is_read = "compressed-tensors" in found or "parquet-tensors" in found
         way_out = f"; {DEQUANTIZE}" if is_read else ""
-        raise SourceError(f"{path}: already quantized: {found}; {ORIGINAL}{way_out}.")
+        raise SourceError(f"{path}: already quantized: {found}; {REQUANTIZE}{way_out}.")
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

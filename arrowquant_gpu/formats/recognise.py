@@ -16,6 +16,9 @@ TO_SAFETENSORS = (
     "safe_serialization=True), or torch.load(file, weights_only=True) and safetensors.torch.save_file"
 )
 ORIGINAL = "start from the original float checkpoint in safetensors"
+REQUANTIZE = (
+    f"{ORIGINAL}; --allow-requantize decodes what this program can read, and quantizes it again, with the errors of both"
+)
 DEQUANTIZE = "`arrowquant dequantize` turns such a result of this program back into float safetensors"
 
 # How files begin that are met under the name of a checkpoint; compared in lower case, after white space.
@@ -24,7 +27,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype", "an HTML page, not weights; the download ended on a login or error page"),
     (b"<html", "an HTML page, not weights; the download ended on a login or error page"),
     (b"<?xml", "an XML text, not weights; the download ended on an error page"),
-    (b"gguf", f"a GGUF file, made for llama.cpp; {ORIGINAL}"),
+    (b"gguf", f"a GGUF file, made for llama.cpp; {REQUANTIZE}"),
     (b"pk\x03\x04", f"a zip archive, as torch.save writes; {TO_SAFETENSORS}"),
     *((bytes([0x80, v, op]), f"a Python pickle; {TO_SAFETENSORS}") for v in (2, 3, 4, 5) for op in (*b"\x8a\x95c}",)),
     (b"\x89hdf", f"an HDF5 file; {TO_SAFETENSORS}"),
@@ -37,7 +40,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
 # Weights in formats that are not read, by file name.
 SUFFIXES: tuple[tuple[str, str], ...] = (
     *((s, f"a PyTorch checkpoint; {TO_SAFETENSORS}") for s in (".bin", ".pt", ".pth", ".ckpt", ".pkl")),
-    (".gguf", f"a GGUF file, made for llama.cpp; {ORIGINAL}"),
+    (".gguf", f"a GGUF file, made for llama.cpp; {REQUANTIZE}"),
     (".ggml", f"a GGML file, made for llama.cpp; {ORIGINAL}"),
     (".onnx", f"an ONNX model; {ORIGINAL}"),
     *((s, f"a TensorFlow or Keras checkpoint; {TO_SAFETENSORS}") for s in (".h5", ".keras", ".tflite", ".pb")),

@@ -6,29 +6,25 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from .. import __version__, ops, trace
-from ..backends import Backend, get_backend
+from .. import __version__, trace
+from ..backends import get_backend
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..engine import Progress
-from ..engine.converted import columns_of, recover
+from ..engine.decoded import decoded
 from ..errors import InputError
 from ..formats import Entry, QuantizedCheckpoint, safetensors
 from ..formats.model_card import model_card
 from ..formats.model_sink import INDEX
 from ..formats.output import ACTIVATIONS, FILES_KEY, MANIFEST, Output, target_errors
-from ..formats.quantized import open_quantized, pieces
-from ..tensor import QuantizedTensor
+from ..formats.quantized import open_quantized
 
 SHARD_BYTES = 5_000_000_000
 
@@ -79,7 +75,7 @@ def dequantize_checkpoint(
 ) -> Dequantized:
     """Decode the quantized checkpoint `src` into float safetensors `dst`, which appear when they are complete.
 
-    src: a compressed-tensors or parquet-tensors directory, or a Parquet or Arrow file that this package wrote
+    src: a quantized checkpoint in any format that this package writes
     dst: for a directory a directory, with the side files, config.json without its quantization, and shards of at most
         5 GB; for a file one safetensors file
     dtype: "float32", "float16" or "bfloat16" for the tensors that were quantized; by default each its original one.
@@ -120,13 +116,11 @@ def dequantize_checkpoint(
         for name, entry in source.entries.items():
             file, begin, end = places[name]
             target = _dtype(entry, dtype)
-            at = begin
-            for data in _decoded(source, name, target, backend):
+            for at, data in decoded(source, name, target, backend):
                 with trace.span("write", name, data.nbytes):
-                    output.write(file, at, data)
-                at += data.nbytes
+                    output.write(file, begin + at, data)
                 if progress is not None:
-                    progress(done + at - begin, total, name)
+                    progress(done + at + data.nbytes, total, name)
             done += end - begin
             scheme = None if entry.scheme is None else entry.scheme.id
             rows.append((name, scheme, target, list(entry.info.shape), file, end - begin))
@@ -144,43 +138,6 @@ def dequantize_checkpoint(
 
 def _dtype(entry: Entry, dtype: str | None) -> str:
     return entry.info.dtype if dtype is None or entry.scheme is None else dtype
-
-
-def _decoded(source: QuantizedCheckpoint, name: str, dtype: str, backend: Backend) -> Iterator[NDArray[Any]]:
-    """A tensor's elements in order, in `dtype`, in pieces that are used before the next is asked for."""
-    for at, piece in pieces(source, name):
-        if not isinstance(piece, QuantizedTensor):
-            yield piece
-            continue
-        divisors = columns_of(source.entries[name], at, piece.shape[1])
-        # What is multiplied again is rounded to its dtype after that.
-        kernel_dtype = dtype if dtype in KERNEL_DTYPES and divisors is None else "float32"
-        out = np.empty(piece.shape, DTYPES[kernel_dtype].numpy)
-        ops.dequantize_rows(piece.packed, piece.scales, piece.zeros, piece.scheme, out, backend=backend, name=name)
-        recover(out, divisors)
-        yield out if dtype == kernel_dtype else narrow(out, dtype)
-
-
-def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Decoded weights in another dtype than kernels wrote them in: one rounding, saturating as far as they do not.
-
-    Saturating, because the lowest code stands for a value slightly beyond the largest weight, for which
-    float8_e4m3fn has no infinity and an integer no value. float16 and bfloat16 have one, as of kernels.
-
-    >>> narrow(np.array([-480, 1.3], np.float32), "float8_e4m3fn").astype(float).tolist()
-    [-448.0, 1.25]
-    """
-    row = DTYPES[dtype]
-    if not row.is_float:
-        # Half of the 64-bit range ends at 2**63 - 1, which no float64 is.
-        limits = np.iinfo(row.numpy)
-        highest = np.nextafter(np.float64(limits.max), 0) if limits.bits == 64 else np.float64(limits.max)
-        return np.clip(np.rint(values.astype(np.float64)), limits.min, highest).astype(row.numpy)
-    if row.bits == 8:
-        largest = np.float32(ml_dtypes.finfo(row.numpy).max)  # type: ignore[no-untyped-call]
-        values = np.clip(values, -largest, largest)
-    with np.errstate(over="ignore"):
-        return values.astype(row.numpy)
 
 
 def _lay_out(source: QuantizedCheckpoint, output: Output, dtype: str | None) -> dict[str, tuple[str, int, int]]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from .. import models
 from ..dtypes import DTYPES
+from ..engine.decoded import DecodedCheckpoint
 from ..errors import FormatError, PolicyError, SchemeError
 from ..formats import Checkpoint, Entry, Sink, TensorInfo
 from ..formats.targets import TARGETS
@@ -209,7 +210,7 @@ def planned(
     sizes = tuple(sink.n_bytes(e) for e in entries)
     # Readers that do not fuse at all take parts of any kind; a mix gives them different ones on purpose.
     is_fused = plan.mix is None and getattr(sink, "fused_alike", None) is not False
-    warnings = (*(_unequal_fused(entries, model) if is_fused else ()), *_left_out(source))
+    warnings = (*(_unequal_fused(entries, model) if is_fused else ()), *_loses_twice(source), *_left_out(source))
     warnings = (*plan.notes, *warnings, *_without_side_files(source, sink))
     return dataclasses.replace(
         plan, entries=tuple(entries), bytes_after=sizes, warnings=warnings, measured=measured or {}
@@ -260,6 +261,16 @@ def _none_wanted(entries: list[Entry]) -> str:
         f"nothing to quantize: all {len(entries)} tensors are kept. Reasons: {listed}. "
         f"Choose tensors by name with include (--include REGEX)."
     )
+
+
+def _loses_twice(source: Checkpoint) -> list[str]:
+    """A warning where weights that are quantized already are quantized again."""
+    if not isinstance(source, DecodedCheckpoint):
+        return []
+    return [
+        f"{source.path.name} is quantized already ({source.stored.format}: {', '.join(source.schemes)}): its decoded "
+        f"weights are quantized once more, and the errors of both add up. Start from the original where there is one."
+    ]
 
 
 def _left_out(source: Checkpoint) -> list[str]:

@@ -17,12 +17,14 @@ from ..backends import pick_devices
 from ..diffusion import DiffusionOptions, Prepared, prepare
 from ..engine import Device, Progress
 from ..engine import run as engine
+from ..engine.decoded import DecodedCheckpoint
 from ..engine.journal import Journal
 from ..engine.ring import open_devices
-from ..errors import InputError
+from ..errors import InputError, SourceError
 from ..formats import Checkpoint, Sink
 from ..formats.checkpoint import open_checkpoint
 from ..formats.output import Output, target_errors
+from ..formats.quantized import open_quantized
 from ..formats.targets import open_sink
 from ..formats.targets import target as target_of
 from ..schemes import Scheme
@@ -44,6 +46,7 @@ def quantize_checkpoint(
     compression: str | None = ...,
     format_options: Mapping[str, str] | None = ...,
     max_shard_size: int | None = ...,
+    allow_requantize: bool = ...,
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
@@ -74,6 +77,7 @@ def quantize_checkpoint(
     compression: str | None = ...,
     format_options: Mapping[str, str] | None = ...,
     max_shard_size: int | None = ...,
+    allow_requantize: bool = ...,
     device: str | Sequence[str] = ...,
     include: Sequence[str] = ...,
     ignore: Sequence[str] = ...,
@@ -102,6 +106,7 @@ def quantize_checkpoint(
     compression: str | None = None,
     format_options: Mapping[str, str] | None = None,
     max_shard_size: int | None = None,
+    allow_requantize: bool = False,
     device: str | Sequence[str] = "auto",
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
@@ -132,6 +137,8 @@ def quantize_checkpoint(
     format_options: what the format lets one choose, for example {"checkpoint_format": "gptq_v2"}
     max_shard_size: bytes of the tensors in one file, of formats that are model directories; by default the files are as
         in the source
+    allow_requantize: read a source that is quantized already, in any format that this package reads: its weights are
+        decoded as they are read, and quantized again
     device: as in `quantize`, or several of them ("cuda:0,cuda:1", a list, or "all" GPUs), which share the work;
         every choice gives the same bytes
     threads: of the CPU
@@ -172,7 +179,7 @@ def quantize_checkpoint(
     start = time.perf_counter()
     widths = widths or Widths()
     recipe = Recipe.of(recipe)
-    source = open_checkpoint(src)
+    source = open_source(src, allow_requantize=allow_requantize)
     format_name = (
         format
         or recipe.format
@@ -268,6 +275,22 @@ def fingerprint(plan: Plan, origin: Mapping[str, str], validate: bool) -> dict[s
         "tensors (include, ignore, widths, calibration)": xxhash.xxh3_64_hexdigest(json.dumps(decisions).encode()),
         "validate": str(validate),
     }
+
+
+def open_source(src: str | Path, *, allow_requantize: bool = False) -> Checkpoint:
+    """The float checkpoint `src`; with `allow_requantize` a quantized one too, which is decoded as it is read.
+
+    Raises SourceError.
+    """
+    if not allow_requantize:
+        return open_checkpoint(src)
+    try:
+        return open_checkpoint(src)
+    except SourceError as refused:
+        try:
+            return DecodedCheckpoint(open_quantized(src))
+        except SourceError as e:
+            raise SourceError(f"{e}. As a float checkpoint: {refused}") from e
 
 
 def provenance(source: Checkpoint, plan: Plan) -> dict[str, str]:
