@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,12 @@ class TestFiles:
             fields = {"match": read.match and read.match.pattern, "role": read.role, "reason": read.reason}
             fields["layers"] = None if read.layers is None else list(read.layers)
             assert rule == {**{k: v for k, v in fields.items() if v}, **scheme}
+
+    def test_the_examples_of_the_documents_are_recipes(self) -> None:
+        text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+        (example,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        assert len(Recipe.parse(example).rules) == 3
+        assert ", ".join(f"`{role}`" for role in ROLES) in " ".join(text.split())
 
     def test_the_schema_is_one_and_knows_the_roles(self) -> None:
         jsonschema.Draft202012Validator.check_schema(SCHEMA)
