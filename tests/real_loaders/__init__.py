@@ -39,19 +39,28 @@ def _llama_cpp(written: Path, model: Path, dtype: str) -> np.ndarray:
 # llama.cpp and LLM.int8 quantize the activations too, to 8 bits; gptqmodel multiplies in float16.
 LOADERS: Mapping[str, Loader] = {
     "transformers": Loader(_transformers(transformers_models.plain), 0.0),
-    "transformers, activations in 8 bits": Loader(_transformers(transformers_models.plain), 6e-2),
-    "transformers, decompressed": Loader(_transformers(transformers_models.decompressed), 0.0),
-    "transformers with gptqmodel": Loader(_transformers(transformers_models.gptq), 3e-3),
-    "transformers with gptqmodel, AWQ": Loader(_transformers(transformers_models.awq), 3e-3),
-    "transformers with bitsandbytes": Loader(_transformers(transformers_models.bitsandbytes), 1e-6),
-    "transformers with LLM.int8": Loader(_transformers(transformers_models.bitsandbytes), 6e-2),
-    "transformers, GGUF": Loader(lambda written, model, dtype: transformers_models.gguf(written, dtype), 0.0),
+    "transformers-8-bit-activations": Loader(_transformers(transformers_models.plain), 6e-2),
+    "transformers-dequantize": Loader(_transformers(transformers_models.decompressed), 0.0),
+    "transformers-gptqmodel": Loader(_transformers(transformers_models.gptq), 3e-3),
+    "transformers-gptqmodel-awq": Loader(_transformers(transformers_models.awq), 3e-3),
+    "transformers-bitsandbytes": Loader(_transformers(transformers_models.bitsandbytes), 1e-6),
+    "transformers-llm.int8": Loader(_transformers(transformers_models.bitsandbytes), 6e-2),
+    "transformers-gguf": Loader(lambda written, model, dtype: transformers_models.gguf(written, dtype), 0.0),
     "llama.cpp": Loader(_llama_cpp, 6e-2),
     "mlx_lm": Loader(lambda written, model, dtype: mlx_models.logits(written), 1e-5),
     "compressed-tensors": Loader(_decoded(("weight_scale",), decoders.compressed_tensors), 0.0),
     "gptqmodel": Loader(_decoded(("qweight",), decoders.gptqmodel), 3e-3),
-    "gptqmodel, AWQ": Loader(_decoded(("qweight",), decoders.awq), 3e-3),
+    "gptqmodel-awq": Loader(_decoded(("qweight",), decoders.awq), 3e-3),
     "bitsandbytes": Loader(_decoded(("weight.absmax", "SCB"), decoders.bitsandbytes), 1e-6),
     "mlx": Loader(_decoded(("scales",), decoders.mlx), 1e-5),
+    "modelopt": Loader(_decoded(("weight_scale",), decoders.modelopt), 1e-5),
+    "comfy_kitchen": Loader(lambda written, model, dtype: decoders.run(decoders.comfyui(written), model, dtype), 1e-5),
     "gguf": Loader(lambda written, model, dtype: decoders.run(gguf_files.tensors(written, model), model, dtype), 0.0),
 }
+
+
+def reference(decoded: Path, written: Path, model: Path, dtype: str) -> np.ndarray:
+    """What a checkpoint computes that `arrowquant dequantize` made of `written`: a directory, or one file."""
+    if decoded.is_dir():
+        return transformers_models.plain(decoded, dtype)
+    return decoders.run(gguf_files.restored(decoded, written, model), model, dtype)

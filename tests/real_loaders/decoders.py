@@ -121,3 +121,28 @@ def mlx(parts: dict[str, Any], module: str, config: dict[str, Any]) -> Any:
     biases = array(parts["biases"].contiguous()) if "biases" in parts else None
     weight = mx.dequantize(mx.array(parts["weight"].numpy()), array(parts["scales"]), biases, **kind)
     return torch.from_numpy(np.array(weight.astype(mx.float32)))
+
+
+def modelopt(parts: dict[str, Any], module: str, config: dict[str, Any]) -> Any:
+    """By the tensor of NVIDIA's Model Optimizer, NVFP4."""
+    import torch
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    packed, size = parts["weight"], config["group_size"]
+    tensor = NVFP4QTensor((packed.shape[0], 2 * packed.shape[1]), torch.float32, packed)
+    scales = {"scale": parts["weight_scale"], "double_scale": parts["weight_scale_2"]}
+    return tensor.dequantize(torch.float32, **scales, block_sizes={-1: size})
+
+
+def comfyui(file: Path) -> dict[str, Any]:
+    """Every tensor of a file of scaled FP8, decoded by ComfyUI's own kernels for a CPU."""
+    import comfy_kitchen
+    import torch
+    from safetensors.torch import load_file
+
+    loaded = load_file(file)
+    loaded.pop("scaled_fp8", None)
+    for name in [n for n, t in loaded.items() if t.dtype is torch.float8_e4m3fn]:
+        scale = loaded.pop(name.removesuffix("weight") + "scale_weight")
+        loaded[name] = comfy_kitchen.dequantize_per_tensor_fp8(loaded[name], scale, torch.float32)
+    return loaded
