@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -36,29 +35,48 @@ CODINGS = {"nf4": 0, "fp4": 1, "e2m1": 2, "e2m1_down": 3, "e4m3": 4, "e5m2": 5}
 _FIELDS = {"e4m3": (3, 7), "e5m2": (2, 15)}
 
 
-def _count(b: ir.IRBuilder, x: ir.Value, thresholds: Iterable[float], steps: Iterable[int], first: int) -> ir.Value:
-    """`first`, plus the step of each threshold that x is above."""
-    code = _const(_like(x, _I32), first)
-    for threshold, step in zip(thresholds, steps, strict=True):
-        above = b.fcmp_ordered(">", x, _const(x.type, float(threshold)))
-        code = b.add(code, b.select(above, _const(code.type, step), _const(code.type, 0)))
-    return code
-
-
 def _magnitude(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return _with(b, "and_", _int(b, x), 0x7FFFFFFF)
 
 
-def _table_code(b: ir.IRBuilder, x: ir.Value, grid: str) -> ir.Value:
-    codes = CODES[grid].astype(int)
-    return _count(b, x, MIDPOINTS[grid], np.diff(codes).tolist(), int(codes[0]))
+def _flag(b: ir.IRBuilder, condition: ir.Value, bits: int, like: ir.Value) -> ir.Value:
+    """`bits` where the condition holds, else 0."""
+    typ = _like(like, _I32)
+    return b.select(condition, _const(typ, bits), _const(typ, 0))
+
+
+def _nf4_code(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """A binary search among the midpoints."""
+    thresholds, code = [_const(x.type, float(t)) for t in MIDPOINTS["nf4"]], _const(_like(x, _I32), 0)
+    for bit in (8, 4, 2, 1):
+        above = b.fcmp_ordered(">", x, thresholds[len(thresholds) // 2])
+        code = b.or_(code, _flag(b, above, bit, x))
+        n = len(thresholds) // 2
+        thresholds = [b.select(above, thresholds[n + 1 + i], thresholds[i]) for i in range(n)]
+    return code
+
+
+def _fp4_code(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """By magnitude. On a midpoint a negative value takes the larger one, as if it were a bit above."""
+    codes, positive = CODES["fp4"][8:].astype(int), MIDPOINTS["fp4"][8:]
+    raw, zero = _magnitude(b, x), _const(x.type, 0.0)
+    raw = b.add(raw, _with(b, "lshr", _int(b, x), 31))
+    code = _const(raw.type, 0)
+    for threshold, step in zip(positive, np.diff(codes % 8).tolist(), strict=True):
+        above = b.icmp_unsigned(">", raw, _const(raw.type, int(threshold.view(np.uint32))))
+        code = b.add(code, _flag(b, above, step, x))
+    least = b.icmp_unsigned(">", raw, _const(raw.type, int(positive[0].view(np.uint32))))
+    sign = b.select(least, b.fcmp_ordered("<", x, zero), b.fcmp_ordered(">", x, zero))
+    return b.or_(code, _flag(b, sign, 8, x))
 
 
 def _e2m1_code(b: ir.IRBuilder, x: ir.Value, thresholds: Any, least: float) -> ir.Value:
-    """The sign is that of values below `least`."""
-    code = _count(b, _float(b, _magnitude(b, x)), thresholds, [1] * 7, 0)
-    below = b.fcmp_ordered("<", x, _const(x.type, least))
-    return b.or_(code, b.select(below, _const(code.type, 8), _const(code.type, 0)))
+    """The number of thresholds that the magnitude is above; the sign is that of values below `least`."""
+    magnitude = _float(b, _magnitude(b, x))
+    code = _flag(b, b.fcmp_ordered("<", x, _const(x.type, least)), 8, x)
+    for threshold in thresholds:
+        code = b.add(code, _flag(b, b.fcmp_ordered(">", magnitude, _const(x.type, float(threshold))), 1, x))
+    return code
 
 
 def _small_code(b: ir.IRBuilder, x: ir.Value, grid: str) -> ir.Value:
@@ -79,7 +97,7 @@ def _small_code(b: ir.IRBuilder, x: ir.Value, grid: str) -> ir.Value:
 
 def _code(b: ir.IRBuilder, x: ir.Value, coding: str) -> ir.Value:
     if coding in CODES:
-        return _table_code(b, x, coding)
+        return _nf4_code(b, x) if coding == "nf4" else _fp4_code(b, x)
     if coding == "e2m1":
         return _e2m1_code(b, x, TIES_TO_EVEN, 0.0)
     if coding == "e2m1_down":
@@ -103,6 +121,27 @@ def e4m3_code(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 def store_low_bytes(b: ir.IRBuilder, address: ir.Value, raw: ir.Value) -> None:
     """The low bytes of 16 words."""
     _write(b, b.trunc(raw, ir.VectorType(_I8, LANES)), address)
+
+
+@_operation(types.void)
+def expand_codes(b: ir.IRBuilder, codes: ir.Value, values: ir.Value, coding: ir.Value) -> None:
+    """16 codes of 8 bits at an address to the values they stand for, float32 at another."""
+    raw = b.zext(_read(b, codes, ir.VectorType(_I8, LANES)), ir.VectorType(_I32, LANES))
+    names = {CODINGS[grid]: grid for grid in _FIELDS}
+    _switch(b, coding, names, lambda number: _write(b, _small_value(b, raw, names[number]), values))
+
+
+def _small_value(b: ir.IRBuilder, raw: ir.Value, grid: str) -> ir.Value:
+    mantissa, bias = _FIELDS[grid]
+    code, sign = _with(b, "and_", raw, 0x7F), _with(b, "shl", _with(b, "and_", raw, 0x80), 24)
+    normal = _with(b, "add", _with(b, "shl", code, 23 - mantissa), (127 - bias) << 23)
+    # A subnormal is put below the leading one of the least normal value, and that one is taken away.
+    subnormal = _with(b, "fsub", _float(b, _with(b, "add", normal, 1 << 23)), 2.0 ** (1 - bias))
+    out = b.select(_below(b, code, 1 << mantissa), _int(b, subnormal), normal)
+    if grid == "e5m2":
+        out = b.select(_below(b, code, 0x7C), out, _const(raw.type, 0x7F800000))
+    out = b.select(_below(b, code, 0x7D if grid == "e5m2" else 0x7F), out, _const(raw.type, 0x7FC00000))
+    return _float(b, b.or_(out, sign))
 
 
 @_operation(F32X)

@@ -1,6 +1,6 @@
 """The CPU kernels of family float; what they compute: docs/numerics_floats.md, how they are built: cpu_kernels.py.
 
-Values are decoded through a table: one entry for each byte of codes, which is one value of 8 bits or two of 4 bits.
+Codes of 4 bits are decoded two at a time through a table of what each byte stands for; those of 8 bits by their bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..reference.floats import (
     ties_down,
 )
 from ..schemes import Scheme
-from .cpu_float_vectors import CODINGS, code_of, e4m3_code, float_of, load_floats, store_low_bytes
+from .cpu_float_vectors import CODINGS, code_of, e4m3_code, expand_codes, float_of, load_floats, store_low_bytes
 from .cpu_kernels import (
     CODES,
     EPS_BITS,
@@ -51,7 +51,6 @@ from .cpu_vectors import (
     load,
     load_byte,
     load_scale,
-    move4,
     move8,
     mul,
     narrow,
@@ -73,12 +72,13 @@ _LEAST_BITS = int(LEAST_ABSMAX.view(np.uint32))
 _EPS_E4M3 = EPS_E4M3
 _OF_E2M1, _OF_E4M3, _OF_E5M2 = (np.float32(LARGEST[grid]) for grid in ("e2m1", "e4m3", "e5m2"))
 
-# By grid: the value of each byte, float32 [256] or (4 bits; the low half first) [256, 2].
-TABLES: Mapping[str, NDArray[np.float32]] = {
-    grid: values if values.size == 256 else values[np.arange(256)[:, None] >> np.array([0, 4]) & 15].copy()
+# By grid of 4 bits: the values of each byte, the low half first, float32 [256, 2].
+_PAIRS: Mapping[str, NDArray[np.float32]] = {
+    grid: values[np.arange(256)[:, None] >> np.array([0, 4]) & 15].copy()
     for grid, values in VALUES.items()
+    if values.size == 16
 }
-_E4M3_TABLE = TABLES["e4m3"]
+_E4M3_VALUES = VALUES["e4m3"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,14 +160,18 @@ def _encode(x: int, n: int, kind: int, factor: Any, multiply: int, coding: int, 
 
 
 @_part
-def _expand(packed: int, n: int, bits: int, table: int, values: int) -> None:
-    """Values of n codes, float32, and one more if n is odd and they have 4 bits."""
-    if bits == 4:
+def _expand(packed: int, n: int, coding: int, table: int, values: int, spare: int) -> None:
+    """Values of n codes, float32, and up to 15 more that mean nothing."""
+    if coding < _E4M3:
         for i in range((n + 1) // 2):
             move8(table + 8 * np.int64(load_byte(packed + i)), values + 8 * i)
     else:
-        for i in range(n):
-            move4(table + 4 * np.int64(load_byte(packed + i)), values + 4 * i)
+        for i in range(0, n - LANES + 1, LANES):
+            expand_codes(packed + i, values + 4 * i, coding)
+        rest = n % LANES
+        if rest:
+            _copy(packed + n - rest, spare, rest)
+            expand_codes(spare, values + 4 * (n - rest), coding)
 
 
 @_part
@@ -297,7 +301,7 @@ def dequantize(
     group: int,
     row_scales: int,
     band: int,
-    bits: int,
+    coding: int,
     kind: int,
     scale_kind: int,
     table: int,
@@ -309,7 +313,7 @@ def dequantize(
     """Decode into `out`, of element type `kind`."""
     mode = ieee_mode()
     values, spare = scratch(_VALUES), scratch(BLOCK)
-    width, scale_width = _width(kind), _scale_width(scale_kind)
+    width, scale_width, bits = _width(kind), _scale_width(scale_kind), 8 if coding >= _E4M3 else 4
     row_units, row_bytes = (length + unit - 1) // unit, (length * bits + 7) // 8
     divisor = load_scale(zeros, 0) if scale_kind == GLOBAL else ONE
     factor = ONE
@@ -324,7 +328,7 @@ def dequantize(
         group_stop, number = number * group, row // band * row_scales + number - 1
         for tile in range(start, stop, TILE):
             tile_stop, k = min(tile + TILE, stop), tile
-            _expand(source, tile_stop - tile, bits, table, values)
+            _expand(source, tile_stop - tile, coding, table, values, spare)
             source += TILE // 8 * bits
             while k < tile_stop:
                 if k >= group_stop:
@@ -358,7 +362,7 @@ def coding(
     arguments = (
         *(address(x), address(packed), address(scales), address(zeros)),
         *(length, scheme.group_length(length), *_rows(scheme, scales)),
-        *(_coding(scheme), kind, _scale_kind(scheme), *_exponents(scheme), address(_E4M3_TABLE)),
+        *(_coding(scheme), kind, _scale_kind(scheme), *_exponents(scheme), address(_E4M3_VALUES)),
     )
     row_units = -(-length // unit)
     if known or scheme.granularity != "block":
@@ -390,8 +394,13 @@ def decoding(
     kernel, unit = dequantize(), min(TILE, -(-length // 8) * 8)
     arguments = (
         *(address(packed), address(scales), address(zeros), address(out)),
-        *(length, scheme.group_length(length), *_rows(scheme, scales), scheme.bits),
-        *(KINDS[from_numpy(out.dtype).name], _scale_kind(scheme), address(TABLES[scheme.grid]), address(_E4M3_TABLE)),
+        *(length, scheme.group_length(length), *_rows(scheme, scales), _coding(scheme)),
+        *(
+            KINDS[from_numpy(out.dtype).name],
+            _scale_kind(scheme),
+            address(_PAIRS.get(scheme.grid)),
+            address(_E4M3_VALUES),
+        ),
     )
     return Task(rows * -(-length // unit), unit, lambda begin, end: kernel(*arguments, unit, begin, end))
 
