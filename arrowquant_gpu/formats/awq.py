@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..errors import FormatError
 from ..schemes import Scheme
 from . import Entry
-from .engine_rules import Rule, broken
+from .engine_rules import UNFUSED_EXPERTS, Rule, broken
 from .ignored_modules import TIED_HEADS, ignore_list
 from .transposed import TransposedModel, TransposedSink, common_scheme, marlin_rules
 
@@ -36,6 +36,7 @@ _RULES = (
         lambda _, scheme: scheme.group_size not in (None, 16, 32, 64, 128),
     ),
     *marlin_rules("vLLM"),
+    UNFUSED_EXPERTS,
 )
 
 

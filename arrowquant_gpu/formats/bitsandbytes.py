@@ -30,6 +30,7 @@ from ..errors import FormatError
 from ..reference.floats import VALUES
 from ..schemes import Scheme
 from . import Codes, Entry, Place, TensorInfo
+from .engine_rules import UNFUSED_EXPERTS, broken
 from .ignored_modules import ANY_SCHEME, TIED_HEADS, ignore_list, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .output import Output
@@ -172,9 +173,9 @@ class BitsAndBytesSink(ModelSink):
         return f"{provenance.get('scheme', 'blocks')}{double}, in the format of bitsandbytes"
 
     def warnings(self, entries: Sequence[Entry]) -> list[str]:
-        """Nothing that is refused by one engine alone. Raises FormatError where one config cannot say it all."""
+        """What a known engine refuses of what is planned. Raises FormatError where one config cannot say it all."""
         _grid(entries)
-        return []
+        return broken([UNFUSED_EXPERTS], entries)
 
     def quantization(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """See `ModelSink`."""

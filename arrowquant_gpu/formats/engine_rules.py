@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,15 @@ class Rule(NamedTuple):
     engine: str
     words: str
     breaks: Callable[[TensorInfo, Scheme], bool]
+
+
+# transformers has all experts of a layer in one tensor, and joins them while it loads only where they are float.
+UNFUSED_EXPERTS = Rule(
+    "transformers 5",
+    "loads no experts that were quantized one by one, as {what} are: it leaves them out, or refuses the model; use "
+    "--ignore 'experts' for it.",
+    lambda info, _: re.search(r"\bexperts\.\d+\.", info.name) is not None,
+)
 
 
 def broken(rules: Iterable[Rule], entries: Sequence[Entry]) -> list[str]:

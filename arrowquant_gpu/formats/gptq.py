@@ -23,7 +23,7 @@ from ..errors import FormatError
 from ..reference.integers import pack
 from ..schemes import Scheme
 from . import Checkpoint, Entry, TensorInfo
-from .engine_rules import Rule, broken
+from .engine_rules import UNFUSED_EXPERTS, Rule, broken
 from .ignored_modules import ANY_SCHEME, ignore_list, module_of
 from .model_directory import write_json
 from .model_sink import Stored
@@ -52,6 +52,7 @@ _RULES = (
         lambda _, scheme: scheme.group_size not in (None, 16, 32, 64, 128, 256, 512, 1024),
     ),
     *marlin_rules("vLLM"),
+    UNFUSED_EXPERTS,
 )
 # Where transformers (with optimum, gptq/constants.py) looks for the layers of a model by itself.
 _KNOWN_BLOCKS = (
