@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .gguf import Gguf, ggufs
 from .tables import Architecture, Fused, Rule, architectures, generic
+
+# Tensors of all layers and experts are alike: what is found for one is remembered for all.
+_NUMBERED = re.compile(r"\b(layers|layer|blocks|experts)\.\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,7 @@ class Model:
     gguf: Gguf | None
     _roles: tuple[tuple[str, re.Pattern[str]], ...]
     _fused: tuple[Fused, ...]
+    _rules: dict[tuple[str, int], Rule] = field(default_factory=dict)
 
     def role(self, name: str, shape: Sequence[int]) -> str:
         """One of ROLES, by name and shape.
@@ -42,7 +46,13 @@ class Model:
 
         Where no rule is for that role with so many dimensions, the name decides, and the role stays.
         """
-        rules, ndim = [r for r in generic().rules if len(shape) in r.ndim], len(shape)
+        key = _NUMBERED.sub(r"\1.0", name), len(shape)
+        if key not in self._rules:
+            self._rules[key] = self._rule(*key)
+        return self._rules[key]
+
+    def _rule(self, name: str, ndim: int) -> Rule:
+        rules = [r for r in generic().rules if ndim in r.ndim]
         first = next(r for r in rules if r.match.search(name))
         if ndim < 2 or first.role == "bias":
             return first
