@@ -91,6 +91,18 @@ def metadata(scale_dtype: str) -> dict[str, str]:
     }
 
 
+def check(scheme: Scheme) -> None:
+    """Raise SchemeError unless rows can hold tensors of this scheme: codes of whole numbers, scales and zero points.
+
+    >>> check(Scheme.parse("int4_g128_asym"))
+    """
+    if scheme.family != "int":
+        raise SchemeError(
+            f"{scheme.id} has codes of grid {scheme.grid}, and rows of Arrow tables hold whole numbers with scales and "
+            f"zero points: int2 to int8"
+        )
+
+
 def row(
     name: str,
     tensor: QuantizedTensor,
@@ -117,9 +129,10 @@ def row(
         >>> batch["data"].buffers()[2].address == q.packed.ctypes.data
         True
 
-    Raises SchemeError where `scale_dtype` is narrower than the scheme's.
+    Raises SchemeError for a scheme that rows cannot hold (`check`), and where `scale_dtype` is narrower than its own.
     """
     scheme, whole = tensor.scheme, tensor.shape if shape is None else shape
+    check(scheme)
     columns = schema(scale_dtype or scheme.scale_dtype)
     fields: dict[str, Any] = {
         "layer_name": name,
@@ -296,6 +309,7 @@ def _quantized(
     cell: _Row, data: NDArray[np.uint8], shape: tuple[int, ...], dtype: str, is_piece: bool
 ) -> QuantizedTensor:
     scheme = Scheme.parse(cell.need("scheme"))
+    check(scheme)
     for column, value in (
         ("bit_width", scheme.bits),
         ("group_size", scheme.group_size),

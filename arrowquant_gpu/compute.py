@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from . import arrow_columns
 from .backends import get_backend
 from .schemes import Scheme
 from .tables.dequantize import decoded_schema, dequantize_stream
@@ -55,6 +56,7 @@ def quantize(
     raises InputError, NonFiniteError and ScaleOverflowError; they call a row by its number in its record batch.
     """
     scheme = Scheme.parse(scheme)
+    arrow_columns.check(scheme)
     check_schema(pa.schema([("layer_name", pa.string()), ("weights", type)]))
     get_backend(device, threads)  # raises here, and not in a thread of the engine
     arguments = {"weights": type} | ({} if shape is None else {"shape": pa.list_(pa.int64())})

@@ -109,6 +109,7 @@ class QuantizedTensor:
 
         if unknown := sorted(k for k, v in options.items() if v is not None):
             raise NotImplementedError(f"__arrow_c_device_array__ options {', '.join(unknown)}")
+        arrow_columns.check(self.scheme)
         columns = {"data": self.packed, "scales": self.scales}
         if self.zeros is not None:
             columns["zero_points"] = self.zeros

@@ -152,6 +152,8 @@ class RowCheckpoint(abc.ABC):
             raise self._error(name, f"shape {row['shape']} and num_params {row['num_params']} disagree")
         with self._errors(name):
             scheme = None if row["scheme"] is None else Scheme.parse(row["scheme"])
+            if scheme is not None:
+                arrow_columns.check(scheme)
         n_bytes = -(-math.prod(shape) * DTYPES[dtype].bits // 8)
         info = TensorInfo(name, dtype, shape, self.path, 0, n_bytes)
         return Entry(info, scheme, row["reason"] or "", self._diffusion(info, i, scheme))

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .. import arrow_columns
-from ..errors import TargetError
+from ..errors import FormatError, SchemeError, TargetError
 from ..schemes import Scheme
 from . import Checkpoint, Codes, Entry, Place, TensorInfo
 from .output import Output, target_errors
@@ -72,7 +72,11 @@ class RowSink(abc.ABC):
         return [(self.output.target.name, entries)]
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
-        """The scheme itself: rows carry every scheme. See `Sink`."""
+        """The scheme itself, if rows can hold it. See `Sink`."""
+        try:
+            arrow_columns.check(scheme)
+        except SchemeError as e:
+            raise FormatError(f"{self.format}: {e}; --format safetensors carries every scheme") from e
         return scheme
 
     def n_bytes(self, entry: Entry) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .. import ops
 from ..backends import Backend, get_backend
+from ..dtypes import DTYPES
 from ..engine import Progress
 from ..engine.converted import columns_of, convert, recover
 from ..engine.figures import Figures
@@ -38,6 +39,9 @@ MIN_COSINE: Mapping[int, Mapping[str, float]] = {
     6: {"group": 0.998, "channel": 0.997, "tensor": 0.99},
     8: {"group": 0.9995, "channel": 0.9995, "tensor": 0.999},
 }
+
+# Of a type of 8 bits with 2 or 3 bits of mantissa, whatever the granularity.
+MIN_COSINE_FLOAT8 = 0.998
 
 # Unit roundoff of each scale type: how far a stored scale may be from the exact one, relatively.
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -286,26 +290,70 @@ class _Compare:
                     # Steps are of the weights that were rounded.
                     divided = np.empty(decoded.shape, np.float32)
                     convert(x, divisors, divided)
-                in_steps, excess = steps_off(divided, decoded, piece)
+                if scheme.family == "int":
+                    in_steps, excess = steps_off(divided, decoded, piece)
+                    steps = float(np.maximum(steps, in_steps.max(initial=0)))
+                elif self.within_step:
+                    excess = self._off(divided, decoded, piece).astype(np.float64)
+                else:
+                    excess = np.where(np.isfinite(decoded), 0, np.inf)
                 recover(decoded, divisors)
                 figures.add(x, decoded)
-                steps = float(np.maximum(steps, in_steps.max(initial=0)))
                 bad = np.flatnonzero(~(excess <= 0))
                 if bad.size and over < 0:
-                    over = at + int(bad[0]) // in_steps.shape[1] * piece.shape[1]
-        least = MIN_COSINE[scheme.bits][scheme.granularity] if self.min_cosine is None else self.min_cosine
+                    over = at + int(bad[0]) // excess.shape[1] * piece.shape[1]
+        if scheme.family != "int":
+            return self._judged(entry, scheme, figures, None, over)
+        return self._judged(entry, scheme, figures, steps, over)
+
+    def _off(self, original: NDArray[Any], decoded: NDArray[np.float32], q: QuantizedTensor) -> NDArray[np.float32]:
+        """How far weights are from what the scheme makes of the original, [rows, n], beyond what the format loses of
+        scales."""
+        shape, scheme = (decoded.shape[0], decoded.shape[1]), q.scheme
+        packed, scales, zeros = np.empty(scheme.packed_shape(shape), np.uint8), q.scales, q.zeros
+        expected = np.empty(shape, np.float32)
+        with self.lock:
+            options: dict[str, Any] = {"backend": self.backend, "name": None}
+            if scheme.granularity == "tensor":
+                ops.encode_rows(original, scheme, scales, zeros, packed, **options)
+            else:
+                scales = np.empty(scheme.scales_shape(shape), DTYPES[scheme.scale_storage].numpy)
+                if zeros is not None and scheme.scale_rule != "global":
+                    zeros = np.empty_like(zeros)
+                ops.quantize_rows(original, scheme, packed, scales, zeros, **options)
+            ops.dequantize_rows(packed, scales, zeros, scheme, expected, **options)
+        tolerance = np.float32(getattr(self.checkpoint, "scale_tolerance", 0.0))
+        # What is not finite stays so.
+        off: NDArray[np.float32] = np.abs(decoded - expected) - tolerance * np.abs(expected)
+        return off
+
+    def _judged(self, entry: Entry, scheme: Scheme, figures: Figures, steps: float | None, over: int) -> Finding:
+        """The finding for what was measured; `over` is the first weight of a row that is too far off, or -1."""
+        least = least_cosine(scheme) if self.min_cosine is None else self.min_cosine
         row = over // max(1, rows_and_length(entry.info.shape)[1])
         found = _finding("quantized", entry.info, scheme)._replace(min_cosine=least, max_steps=steps)
-        if not math.isfinite(steps):
+        if not math.isfinite(0.0 if steps is None else steps):
             problem = f"row {row} is not finite, in the original or decoded"
             return found._replace(cosine=math.nan, sqnr_db=-math.inf, max_error=math.inf, problem=problem)
         found = found._replace(cosine=figures.cosine, sqnr_db=figures.sqnr_db, max_error=figures.max_error)
         if figures.cosine < least:
             return found._replace(problem=f"its cosine {figures.cosine:.6f} is under {least}")
+        if over >= 0 and steps is None:
+            return found._replace(problem=f"row {row} is not what {scheme.id} makes of the original")
         if self.within_step and over >= 0:
             problem = f"row {row} has a weight further off than rounding explains (largest: {steps:.3g} steps)"
             return found._replace(problem=problem)
         return found
+
+
+def least_cosine(scheme: Scheme) -> float:
+    """The least cosine accepted by default.
+
+    >>> least_cosine(Scheme.parse("int4_g128")), least_cosine(Scheme.parse("q4_k"))
+    (0.98, 0.98)
+    """
+    bits, granularity = min(scheme.bits, 8), "group" if scheme.granularity == "block" else scheme.granularity
+    return MIN_COSINE_FLOAT8 if scheme.grid in ("e4m3", "e5m2") else MIN_COSINE[bits][granularity]
 
 
 def steps_off(

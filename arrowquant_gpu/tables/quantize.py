@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from .. import ops
+from .. import arrow_columns, ops
 from ..backends import Backend, Job, get_backend
 from ..errors import ArrowQuantError, InputError, SchemeError
 from ..reference import Findings
@@ -122,6 +122,7 @@ class TableQuantizer:
         self.problems.append(problem)
 
     def _check_scales(self, scheme: Scheme, called: str = "") -> None:
+        arrow_columns.check(scheme)
         if scheme.scale_dtype != self._scale_dtype:
             raise SchemeError(
                 f"{called}{scheme.id} has {scheme.scale_dtype} scales, and those of this table are "
