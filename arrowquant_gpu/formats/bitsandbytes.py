@@ -43,6 +43,8 @@ NESTED_BLOCK = 256
 # Bytes kept for the JSON that holds the mean absmax: it is padded with spaces, as no float has more digits.
 _OFFSET_ROOM = 25
 _F32 = np.float32
+# What stands in for a largest magnitude of 0.
+_TINY = _F32(1e-38)
 
 
 class BitsAndBytesSink(ModelSink):
@@ -241,19 +243,21 @@ def dynamic_map() -> NDArray[np.float32]:
 def nested_codes(absmax: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32], float]:
     """Absmax values [n] as 8-bit codes [n], the largest magnitudes of blocks of 256, and the mean that was taken off.
 
-    The mean is taken in float64 and rounded; a code is the nearest value of `dynamic_map`, the lower one of two that
-    are equally near; in a block of zeros code 0. Source: bitsandbytes, backends/default/ops.py, `quantize_blockwise`.
+    The mean is taken in float64 and rounded; a code is that of the nearest value of `dynamic_map`, the lower one in the
+    middle between two. The last block, where it is shorter, is divided by its largest magnitude, and not multiplied
+    by the reciprocal. Source: bitsandbytes, backends/default/ops.py, `quantize_blockwise`.
     """
     offset = _F32(absmax.astype(np.float64).mean())
-    blocks = np.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    rest, values = absmax - offset, dynamic_map()
+    whole = len(rest) // NESTED_BLOCK * NESTED_BLOCK
+    blocks, tail = rest[:whole].reshape(-1, NESTED_BLOCK), rest[whole:]
     largest = np.abs(blocks).max(axis=1)
-    values = dynamic_map()
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        x = np.clip(blocks * (_F32(1) / largest)[:, None], _F32(-1), _F32(1))
-    below = np.clip(np.searchsorted(values, x, side="right") - 1, 0, 254)
-    is_upper = np.abs(x - values[below + 1]) < np.abs(x - values[below])
-    codes = np.where(np.isnan(x), 0, below + is_upper).astype(np.uint8)
-    return codes.reshape(-1)[: len(absmax)], largest, float(offset)
+    x = (blocks * (_F32(1) / np.maximum(largest, _TINY))[:, None]).reshape(-1)
+    if tail.size:
+        of_tail = np.maximum(np.abs(tail).max(keepdims=True), _TINY)
+        largest, x = np.append(largest, of_tail), np.append(x, tail / of_tail)
+    codes = np.searchsorted((values[:-1] + values[1:]) / _F32(2), np.clip(x, _F32(-1), _F32(1)))
+    return codes.astype(np.uint8), largest, float(offset)
 
 
 def nested_values(codes: NDArray[np.uint8], largest: NDArray[np.float32], offset: float) -> NDArray[np.float32]:
