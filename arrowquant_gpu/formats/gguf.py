@@ -24,7 +24,7 @@ from ..schemes import Scheme, rows_and_length
 from . import Checkpoint, Codes, Entry, Place, TensorInfo
 from .gguf_file import BY_DTYPE, BY_SCHEME, TYPES, GgmlType, Value, layout, n_bytes
 from .gguf_homes import DIFFUSION, RECORD, Home, find_homes, permuted
-from .gguf_tokenizer import tokenizer_keys
+from .gguf_tokenizer import TOKENIZER_FILES, tokenizer_keys
 from .output import Output
 from .pieces import PIECE_BYTES, Cut, Piece, pieces
 
@@ -34,11 +34,13 @@ _DIFFUSERS = re.compile(r"(?:^|\.)(?:single_)?transformer_blocks\.0\.|(?:^|\.)bl
 # ggml rounds and lays out these in its own way.
 _GGML = {"mxfp4": "ggml_mxfp4", "nvfp4": "ggml_nvfp4"}
 # What llama-quantize takes where rows are not whole blocks; then F16, as it does.
-FALLBACK = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 # Matrices that llama.cpp adds, or decides with, in float32: it has no such operation for other types.
 FLOAT32 = re.compile(r"(?:^|\.)(?:ffn_gate_inp|ffn_gate_inp_shexp|position_embd|token_types)\.weight$")
 # What becomes of kept tensors of types that readers do not compute with.
 _CONVERTED = {"float64": "F32", "float8_e4m3fn": "F16", "float8_e5m2": "F16"}
+
+SIDE_FILES = frozenset({"config.json", "chat_template.jinja", *TOKENIZER_FILES})
 
 # general.file_type by the type of most weights; that of mixes is in the table of mixes.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11}
@@ -61,6 +63,8 @@ class GgufSink:
     format = "gguf"
     # llama.cpp does not fuse: parts may have types of their own.
     fused_alike = False
+    # What the file holds the content of.
+    side_files = SIDE_FILES
 
     def __init__(
         self,

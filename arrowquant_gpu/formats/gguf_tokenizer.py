@@ -23,6 +23,17 @@ import numpy as np
 from ..errors import FormatError, SourceError
 from .gguf_file import Value
 
+# Files of a model directory that say how it cuts texts; some say the same.
+TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json")
+
 # Types of tokens, in SentencePiece and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -211,7 +211,8 @@ def planned(
     # Readers that do not fuse at all take parts of any kind; a mix gives them different ones on purpose.
     is_fused = plan.mix is None and getattr(sink, "fused_alike", None) is not False
     warnings = (*(_unequal_fused(entries, model) if is_fused else ()), *_loses_twice(source), *_left_out(source))
-    warnings = (*plan.notes, *warnings, *_without_side_files(source, sink))
+    own: Callable[[Sequence[Entry]], Iterable[str]] | None = getattr(sink, "warnings", None)
+    warnings = (*plan.notes, *warnings, *(() if own is None else own(entries)), *_without_side_files(source, sink))
     return dataclasses.replace(
         plan, entries=tuple(entries), bytes_after=sizes, warnings=warnings, measured=measured or {}
     )
@@ -282,8 +283,9 @@ def _left_out(source: Checkpoint) -> list[str]:
 
 
 def _without_side_files(source: Checkpoint, sink: Sink) -> list[str]:
-    """A warning where a model directory becomes one file, which has no place for the tokenizer."""
-    files = [file.name for file in source.side_files if file.name != "config.json"]
+    """A warning where a model directory becomes one file: it lists the files that it has no place for."""
+    held: frozenset[str] = getattr(sink, "side_files", frozenset({"config.json"}))
+    files = [file.name for file in source.side_files if file.name not in held]
     if not files or sink.format not in TARGETS or TARGETS[sink.format].is_directory:
         return []
     listed = ", ".join(files[:4]) + (", ..." if len(files) > 4 else "")
@@ -310,8 +312,9 @@ class _Mixed:
         experts = (config.get(key) for key in ("num_local_experts", "num_experts"))
         self.experts = next((n for n in experts if isinstance(n, int)), 0)
         # llama.cpp multiplies with the embedding where there is no head.
-        heads_there = {n for n, info in source.tensors.items() if self.model.role(n, info.shape) == "head"}
-        self.is_tied = not heads_there - set(self.model.tied)
+        gguf = self.model.gguf
+        named = {found.name for n in source.tensors if n not in self.model.tied and gguf and (found := gguf.name(n))}
+        self.is_tied = "output.weight" not in named
 
     def scheme(self, decision: Decision, name: str) -> Scheme:
         """The scheme of one tensor."""

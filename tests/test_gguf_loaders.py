@@ -1,0 +1,183 @@
+"""GGUF files in the programs that read them: the gguf package, transformers, llama.cpp; and theirs in ours."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arrowquant_gpu import dequantize_checkpoint, models
+from arrowquant_gpu.formats.gguf_checkpoint import GgufCheckpoint
+from arrowquant_gpu.formats.gguf_file import TYPES, read_header
+from arrowquant_gpu.ops import dequantize
+from arrowquant_gpu.pipeline import quantize_checkpoint
+from arrowquant_gpu.tensor import QuantizedTensor
+
+from . import minilm, tiny_models
+
+pytestmark = pytest.mark.interop
+LLAMA_CPP = 6e-2  # it quantizes the activations too
+MODELS = [*tiny_models.MODELS, "minilm"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models, and what the tests of this file make of them."""
+    folder = tmp_path_factory.mktemp("gguf")
+    for name, make in tiny_models.MODELS.items():
+        make(folder / name, "bfloat16")
+    shutil.copytree(minilm.model_dir(), folder / "minilm")
+    return folder
+
+
+def written(folder: Path, model: str, scheme: str) -> Path:
+    file = folder / f"{model}-{scheme}.gguf"
+    if not file.exists():
+        quantize_checkpoint(folder / model, file, scheme, format="gguf", device="reference")
+    return file
+
+
+def reference(folder: Path, model: str, file: Path) -> np.ndarray:
+    """What transformers computes with the decoded weights."""
+    from .real_loaders import transformers_models
+
+    decoded = folder / f"decoded-{file.stem}"
+    if not decoded.exists():
+        shutil.copytree(folder / model, decoded, ignore=shutil.ignore_patterns("*.safetensors"))
+        dequantize_checkpoint(file, decoded / "model.safetensors", dtype="float32", device="reference")
+        if model == "minilm":
+            add_what_is_left_out(folder / model / "model.safetensors", decoded / "model.safetensors")
+    return transformers_models.plain(decoded, "float32")
+
+
+def add_what_is_left_out(source: Path, target: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    save_file(load_file(source) | load_file(target), target, {"format": "pt"})
+
+
+def off(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def outputs(model: str, file: Path) -> np.ndarray:
+    from .real_loaders import llama_cpp
+
+    return llama_cpp.embeddings(file) if model == "minilm" else llama_cpp.logits(file)
+
+
+@pytest.mark.parametrize(("model", "scheme"), [(m, s) for m in MODELS for s in ("q8_0", "q4_k_m")])
+def test_llama_cpp_computes_what_the_decoded_weights_do(folder: Path, model: str, scheme: str) -> None:
+    file = written(folder, model, scheme)
+    assert off(outputs(model, file), reference(folder, model, file)) < LLAMA_CPP
+
+
+SCHEMES = [row.scheme.removeprefix("ggml_") for row in TYPES.values() if row.scheme]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_type_in_llama_cpp_and_transformers(folder: Path, scheme: str) -> None:
+    from .real_loaders import transformers_models
+
+    file = written(folder, "qwen2", scheme)
+    want = reference(folder, "qwen2", file)
+    assert off(outputs("qwen2", file), want) < LLAMA_CPP
+    assert off(transformers_models.gguf(file, "float32"), want) < 1e-6
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_llama_cpp_reads_texts_as_transformers_does(folder: Path, model: str) -> None:
+    from transformers import AutoTokenizer
+
+    from .real_loaders import llama_cpp
+    from .real_loaders.inputs import TEXTS
+
+    file, tokenizer = written(folder, model, "q8_0"), AutoTokenizer.from_pretrained(folder / model)
+    assert llama_cpp.token_ids(file, TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_gguf_package_reads_keys_and_shapes(folder: Path, model: str) -> None:
+    import gguf
+
+    file = written(folder, model, "q4_k_m")
+    reader, header = gguf.GGUFReader(file), read_header(file)
+    for key, value in header.keys.items():
+        got = reader.fields[key].contents()
+        assert got == (value.tolist() if isinstance(value, np.ndarray) else value), key
+    assert {t.name: tuple(reversed(t.shape.tolist())) for t in reader.tensors} == {
+        name: tensor.shape for name, tensor in header.tensors.items()
+    }
+
+
+def llama_quantize(source: Path, target: Path, file_type: int) -> Path:
+    import llama_cpp
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = file_type
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)) == 0
+    return target
+
+
+# llama-quantize makes this one only with an importance matrix.
+MIXES = [name for name in models.mixes if name != "q2_k_s"]
+
+
+@pytest.mark.parametrize(("model", "mix"), [(m, x) for m in MODELS for x in MIXES])
+def test_a_mix_has_the_types_of_llama_quantize(folder: Path, model: str, mix: str) -> None:
+    theirs = llama_quantize(written(folder, model, "f16"), folder / "theirs.gguf", models.mixes[mix].file_type)
+    a, b = read_header(written(folder, model, mix)), read_header(theirs)
+    assert {name: t.type.name for name, t in a.tensors.items()} == {name: t.type.name for name, t in b.tensors.items()}
+    assert a.keys["general.file_type"] == b.keys["general.file_type"]
+
+
+@pytest.mark.parametrize("file_type", [2, 3, 7, 8, 9, 10, 12, 15, 17, 18, 25])
+def test_files_of_llama_quantize_are_decoded_as_the_gguf_package_does(folder: Path, file_type: int) -> None:
+    import gguf
+
+    theirs = llama_quantize(written(folder, "llama", "f16"), folder / "theirs.gguf", file_type)
+    # Without the record of what they were made from, which llama-quantize copies, names are those of the file.
+    ours = GgufCheckpoint(unsigned(theirs, folder / "unsigned.gguf"))
+    for tensor in gguf.GGUFReader(theirs).tensors:
+        want = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        got = [
+            dequantize(b, "float32", device="reference") if isinstance(b, QuantizedTensor) else b
+            for b in blocks(ours, tensor.name)
+        ]
+        assert np.concatenate(got).astype(np.float32).tobytes() == want.astype(np.float32).tobytes(), tensor.name
+
+
+def blocks(checkpoint: GgufCheckpoint, name: str) -> list[object]:
+    return [block for _, block in checkpoint.blocks(name)]
+
+
+def unsigned(source: Path, target: Path) -> Path:
+    target.write_bytes(source.read_bytes().replace(b"arrowquant.tensors", b"another.program.xx"))
+    return target
+
+
+def swap_nibbles(file: Path) -> None:
+    tensor = read_header(file).tensors["blk.0.ffn_up.weight"]
+    data = np.memmap(file, np.uint8, "r+", tensor.offset, tensor.n_bytes)
+    blocks = data.reshape(-1, tensor.type.block_bytes)[:, 2:]
+    blocks[:] = blocks >> 4 | blocks << 4
+
+
+def forget_the_heads(file: Path) -> None:
+    """Rows of queries as transformers has them."""
+    tensor = read_header(file).tensors["blk.0.attn_q.weight"]
+    rows = np.memmap(file, np.uint8, "r+", tensor.offset, tensor.n_bytes).reshape(tensor.shape[0], -1)
+    head = tensor.shape[0] // tiny_models.HEADS
+    rows[:] = rows.reshape(-1, head // 2, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("damage", [swap_nibbles, forget_the_heads])
+def test_a_file_that_is_wrong_computes_something_else(folder: Path, tmp_path: Path, damage: object) -> None:
+    file = written(folder, "llama", "q4_0")
+    want = reference(folder, "llama", file)
+    wrong = Path(shutil.copy(file, tmp_path / "wrong.gguf"))
+    damage(wrong)
+    assert off(outputs("llama", file), want) < LLAMA_CPP < off(outputs("llama", wrong), want)
