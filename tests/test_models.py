@@ -352,7 +352,7 @@ class TestTables:
                 lambda d: d["architectures"]["llama"].update(fused=["qk"]),
                 "llama: fused: there is no 'qk'; there are qkv",
             ),
-            (lambda d: d["roles"]["decoder"].update(atention="a"), "role 'atention' is none of attention"),
+            (lambda d: d["roles"]["decoder"].update(attn="a"), "role 'attn' is none of attention"),
             (lambda d: d["roles"]["decoder"].update(mlp="("), r"roles.decoder.mlp: '\(' is not a regular expression"),
         ],
     )

@@ -83,7 +83,9 @@ TABLE = [
     (None, "weight", (8, 8), LINEAR),
     (None, "attn.in_proj_weight", (2304, 768), LINEAR),
 ]
-QUANTIZED = {r.reason for r in generic().rules if r.quantize} | {"as many matrices as experts; groups run along the last axis"}
+QUANTIZED = {r.reason for r in generic().rules if r.quantize} | {
+    "as many matrices as experts; groups run along the last axis"
+}
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: str = "bfloat16") -> TensorInfo:
