@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import SchemeError, SourceError
+from ..ops import scale_rows
 from ..schemes import SCALE_SUFFIXES, Scheme
 from ..tensor import QuantizedTensor
-from . import Entry, TensorInfo
+from . import Entry, TensorInfo, row_parts
 from .compressed_tensors_layout import CONTAINERS, INTS, NVFP4, PACKED, parsed, stored_tensors
 from .stored_model import StoredModel, row_blocks
 
@@ -58,7 +59,7 @@ class CompressedTensorsCheckpoint(StoredModel):
         name, (n, k), written = entry.info.name, entry.info.shape, self._formats[entry.info.name]
         row_bytes = scheme.row_bytes(k)
         codes = self.view(self.headers[name + CONTAINERS[written].codes]).view(np.uint8)
-        scales = self._array(f"{name}_scale", scheme).reshape(scheme.scales_shape(entry.info.shape))
+        scales = row_parts.as_scales(self._array(f"{name}_scale", scheme), entry.info.shape, scheme)
         words = self.view(self.headers[f"{name}_zero_point"]) if written == PACKED and not scheme.symmetric else None
         beside = self.view(self.headers[f"{name}_global_scale"]).reshape(1, 1) if written == NVFP4 else None
         unit = scheme.group_size or 1 if scheme.granularity == "block" else 1
@@ -66,10 +67,10 @@ class CompressedTensorsCheckpoint(StoredModel):
             packed = codes[row:stop, :row_bytes]
             if written == INTS:
                 packed = packed ^ np.uint8(scheme.offset)
-            zeros = beside if words is None else _unpack_zeros(words, scheme.bits, row, stop)
-            lines = slice(None) if scheme.granularity == "tensor" else slice(row // unit, -(-stop // unit))
-            shape = stop - row, k
-            yield row, QuantizedTensor(packed, scales[lines], zeros, shape, scheme, entry.info.dtype)
+            part, zeros = scale_rows(scheme, scales, beside, slice(row, stop))
+            if words is not None:
+                zeros = _unpack_zeros(words, scheme.bits, row, stop)
+            yield row, QuantizedTensor(packed, part, zeros, (stop - row, k), scheme, entry.info.dtype)
 
     def _array(self, name: str, scheme: Scheme) -> NDArray[Any]:
         """Scales as QuantizedTensor holds them: those of one byte as bytes."""

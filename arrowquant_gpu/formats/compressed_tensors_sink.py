@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES
 from ..errors import FormatError
 from ..schemes import SCALE_SUFFIXES, Scheme
-from . import Codes, Entry, Place, TensorInfo
+from . import Codes, Entry, Place, TensorInfo, row_parts
 from .compressed_tensors_layout import (
     BITS,
     INTS,
@@ -25,7 +24,7 @@ from .compressed_tensors_layout import (
     weight_arguments,
 )
 from .engine_rules import Rule, broken
-from .ignored_modules import ANY_SCHEME, ignore_list, misfit, module_of
+from .ignored_modules import carriers, ignore_list, misfit, module_of
 from .model_sink import ModelSink
 from .pieces import Cut, Piece
 
@@ -87,7 +86,7 @@ class CompressedTensorsSink(ModelSink):
         """The scheme as its format holds it: packed integers have scales in the weights' own dtype. See `Sink`."""
         found = container(scheme, self.activations)
         if found is None:
-            raise FormatError(f"compressed-tensors: {_why_not(scheme, self.activations)}, or {ANY_SCHEME}")
+            raise FormatError(f"compressed-tensors: {_why_not(scheme, self.activations)}, or {carriers(scheme)}")
         name, scheme = found
         if (reason := misfit(info, self.config, self.format)) is not None:
             raise FormatError(reason)
@@ -95,12 +94,12 @@ class CompressedTensorsSink(ModelSink):
         if is_plain and scheme.scale_dtype not in ("float32", info.dtype):
             raise FormatError(
                 f"compressed-tensors stores scales in the weights' dtype {info.dtype}, not in {scheme.scale_dtype}; "
-                f"leave the suffix out, or use {ANY_SCHEME}"
+                f"leave the suffix out, or use {carriers(scheme)}"
             )
         if info.shape[1] % scheme.group_length(info.shape[1]):
             raise FormatError(
                 f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}, as compressed-tensors "
-                f"needs; {ANY_SCHEME} carries the rest as a shorter group"
+                f"needs; {carriers(scheme)} carries the rest as a shorter group"
             )
         return dataclasses.replace(scheme, scale_dtype=info.dtype) if name == PACKED else scheme
 
@@ -134,21 +133,15 @@ class CompressedTensorsSink(ModelSink):
         is_end = piece.column + piece.columns == length
         n_codes = piece.rows * ((row_bytes - column_bytes) if is_end else piece.columns * scheme.bits // 8)
         found = [self.place(codes, piece.row * row_bytes + column_bytes, n_codes)]
-        scale_bytes = DTYPES[scheme.scale_storage].bits // 8
-        if scheme.granularity == "tensor":
-            # One for all pieces: it comes with the first.
-            found += [self.place(f"{name}_scale", 0, scale_bytes)] if piece.number == 0 else []
-        else:
-            rows, groups = scheme.scales_shape((piece.rows, length))
-            first = scheme.scales_shape((piece.row, length))[0] * groups + piece.column // scheme.group_length(length)
-            n_scales = rows * -(-piece.columns // scheme.group_length(length))
-            found.append(self.place(f"{name}_scale", first * scale_bytes, n_scales * scale_bytes))
+        _, scales, zeros = row_parts.spans(piece, scheme)
+        if scales is not None:
+            found.append(self.place(f"{name}_scale", *scales))
         if f"{name}_zero_point" in beside:
             groups = scheme.scales_shape((piece.rows, length))[1]
             first, n = piece.row * scheme.bits // 32, n_words(piece.rows, scheme.bits)
             found.append(self.place(f"{name}_zero_point", first * groups * 4, n * groups * 4))
-        if f"{name}_global_scale" in beside and piece.number == 0:
-            found.append(self.place(f"{name}_global_scale", 0, 4))
+        elif zeros is not None:
+            found.append(self.place(f"{name}_global_scale", *zeros))
         return found
 
     def quantized_arrays(self, piece: Piece, scheme: Scheme, codes: Codes) -> list[NDArray[Any]]:
@@ -161,14 +154,10 @@ class CompressedTensorsSink(ModelSink):
             wanted = self._row_bytes(scheme, length) - piece.column * scheme.bits // 8
             if packed.shape[1] != wanted:
                 packed = np.pad(packed, ((0, 0), (0, wanted - packed.shape[1])))
-        arrays: list[NDArray[Any]] = [packed]
-        if scheme.granularity != "tensor" or piece.number == 0:
-            arrays.append(codes.scales)
+        found = row_parts.arrays(piece, scheme, codes._replace(packed=packed))
         if codes.zeros is not None and scheme.scale_rule != "global":
-            arrays.append(_zero_words(codes.zeros, scheme.bits))
-        elif codes.zeros is not None and piece.number == 0:
-            arrays.append(codes.zeros)
-        return arrays
+            found[-1] = _zero_words(codes.zeros, scheme.bits)
+        return found
 
     def described(self, provenance: Mapping[str, str]) -> str:
         """See `ModelSink`."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..dtypes import KERNEL_DTYPES
+from ..schemes import Scheme
 from . import Entry, TensorInfo
 
 # Linear layers of these models are transformers' Conv1D modules, [in, out], which the readers do not match.
@@ -27,7 +28,7 @@ TIED_HEAD = r"re:(?:.*\.)?(?:lm_head|predictions|embed_out|vocab_projector|lm_lo
 # The same where a list has names only.
 TIED_HEADS = ("lm_head", "cls.predictions", "predictions", "embed_out", "vocab_projector", "lm_loss")
 
-# What carries every scheme, for errors.
+# What carries every shape, and whole numbers of every scheme, for errors.
 ANY_SCHEME = "--format safetensors, parquet or arrow"
 
 
@@ -53,6 +54,11 @@ def misfit(info: TensorInfo, config: Mapping[str, Any], format_name: str) -> str
     if info.dtype not in KERNEL_DTYPES:
         return f"{format_name} has weights of {', '.join(KERNEL_DTYPES)}, not of {info.dtype}"
     return None
+
+
+def carriers(scheme: Scheme) -> str:
+    """The formats that carry this scheme for every tensor, for errors."""
+    return ANY_SCHEME if scheme.grid == "int" else "--format safetensors"
 
 
 def module_of(entry: Entry) -> str:

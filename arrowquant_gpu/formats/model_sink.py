@@ -42,6 +42,8 @@ class ModelSink(ABC):
     """
 
     format: str
+    # Whether it needs the config.json of a model.
+    needs_config = True
 
     def __init__(
         self,
@@ -51,12 +53,12 @@ class ModelSink(ABC):
         names: Sequence[str] = (),
         max_shard_size: int | None = None,
     ) -> None:
-        if config is None:
+        if config is None and self.needs_config:
             raise FormatError(
                 f"{self.format} needs a model directory with config.json, where the quantization is described; "
-                "use --format parquet or arrow for a lone file"
+                "use --format safetensors, parquet or arrow for a lone file"
             )
-        self.config, self.names = config, tuple(names)
+        self.config, self.names = config or {}, tuple(names)
         self._output, self._max_shard_size = output, max_shard_size
         self._places: dict[str, tuple[str, int]] = {}
 
@@ -85,6 +87,18 @@ class ModelSink(ABC):
     @abstractmethod
     def described(self, provenance: Mapping[str, str]) -> str:
         """What the model card says that the weights are quantized to."""
+
+    def file_metadata(self, entries: Sequence[Entry]) -> dict[str, str]:
+        """What the metadata of a file with these entries say of them. By default nothing."""
+        return {}
+
+    def file_tensors(self, entries: Sequence[Entry]) -> Stored:
+        """Tensors of zeros that a file with these entries has beside theirs. By default there are none."""
+        return {}
+
+    def file_name(self, number: int, n_files: int) -> str:
+        """The name of one of the files, counted from 1."""
+        return "model.safetensors" if n_files == 1 else f"model-{number:05d}-of-{n_files:05d}.safetensors"
 
     def cut(self, entry: Entry) -> Cut:
         """How a quantized tensor may be cut."""
@@ -122,16 +136,20 @@ class ModelSink(ABC):
 
     def open(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
         """Make every file of the output in its final size, all but the weights in their final content. See `Sink`."""
+        self.write_beside(entries, source, provenance)
+        self._lay_out(entries, {**source.metadata, "format": "pt"}, provenance)
+        for entry in entries:
+            if entry.scheme is not None:
+                self.fill(entry)
+
+    def write_beside(self, entries: Sequence[Entry], source: Checkpoint, provenance: dict[str, str]) -> None:
+        """Write what lies beside the files of weights: config.json, a model card, and the side files of the source."""
         summary = (
             f"Weights quantized to {self.described(provenance)}, with arrowquant_gpu. What was done to each tensor is "
             f"in `{MANIFEST}`."
         )
         copy_side_files(self._output, source, provenance, summary, without=("config.json", INDEX))
         write_json(self._output, "config.json", {**self.config, **self.quantization(entries), RECORD: dict(provenance)})
-        self._lay_out(entries, {**source.metadata, "format": "pt"}, provenance)
-        for entry in entries:
-            if entry.scheme is not None:
-                self.fill(entry)
 
     def places(self, piece: Piece) -> list[Place]:
         """See `Sink`."""
@@ -150,14 +168,15 @@ class ModelSink(ABC):
         return self._output.commit()
 
     def _lay_out(self, entries: Sequence[Entry], metadata: Mapping[str, str], provenance: Mapping[str, str]) -> None:
-        files = list(self._shards(entries))
+        files = list(self.shards(entries))
         weight_map: dict[str, str] = {}
         total = 0
         for i, shard in enumerate(files):
-            name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            name = self.file_name(i + 1, len(files))
             stored = [(t, dtype, shape) for e in shard for t, (dtype, shape) in self.tensors(e).items()]
+            stored += [(t, dtype, shape) for t, (dtype, shape) in self.file_tensors(shard).items()]
             record = {f"{RECORD}.{key}": value for key, value in provenance.items()}
-            record |= _dtypes_record(shard, self.config)
+            record |= _dtypes_record(shard, self.config) | self.file_metadata(shard)
             header, places = safetensors.layout(stored, {**metadata, **record})
             self._output.create(name, max([len(header), *(end for _, end in places.values())]))
             self._output.write(name, 0, np.frombuffer(header, np.uint8))
@@ -167,7 +186,7 @@ class ModelSink(ABC):
         if len(files) > 1:
             write_json(self._output, INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    def _shards(self, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    def shards(self, entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         """The entries of each file: those of one file of the source, or as many in order as are not too large."""
         if self._max_shard_size is None:
             for file in dict.fromkeys(e.info.file for e in entries):

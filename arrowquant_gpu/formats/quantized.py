@@ -18,6 +18,7 @@ from ..schemes import rows_and_length
 from ..tensor import QuantizedTensor
 from . import QuantizedCheckpoint
 from .arrow_ipc import ArrowCheckpoint
+from .comfyui import ComfyUICheckpoint
 from .gguf_checkpoint import GgufCheckpoint
 from .parquet import ParquetCheckpoint
 from .parquet_tensors import INDEX, ParquetTensorsCheckpoint
@@ -37,6 +38,9 @@ READERS = {
     "compressed-tensors": "compressed_tensors:CompressedTensorsCheckpoint",
     "gptq": "gptq_checkpoint:GptqCheckpoint",
     "awq": "awq:AwqCheckpoint",
+    "fp8": "fp8:Fp8Checkpoint",
+    "modelopt": "modelopt:ModelOptCheckpoint",
+    "arrowquant": "packed_safetensors:PackedSafetensorsCheckpoint",
     "bitsandbytes": "bitsandbytes_checkpoint:BitsAndBytesCheckpoint",
 }
 
@@ -65,7 +69,9 @@ def open_quantized(path: str | Path) -> QuantizedCheckpoint:
         return ArrowCheckpoint(path)
     if head.startswith(b"GGUF"):
         return GgufCheckpoint(path)
-    what = "a safetensors file" if head[8:9] == b"{" else by_first_bytes(head) or "not known by its first bytes"
+    if head[8:9] == b"{":
+        return ComfyUICheckpoint(path)
+    what = by_first_bytes(head) or "not known by its first bytes"
     raise SourceError(f"{path} is no quantized checkpoint but {what}; {READ}")
 
 

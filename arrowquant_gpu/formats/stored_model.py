@@ -31,6 +31,7 @@ class StoredModel(ABC):
     headers: every tensor of the files, as it is stored
     entries: in the order of the files
     config, metadata, side_files: without what quantization added
+    records: what this package noted in the metadata of the files
     provenance: what this package wrote about how the weights were made, empty for other writers
 
     Blocks are views of the mapped files, which must not change while it is in use. Raises SourceError for what is
@@ -41,20 +42,23 @@ class StoredModel(ABC):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        config = self.read_json("config.json")
+        config = self.read_config()
         self.provenance: dict[str, str] = {str(k): str(v) for k, v in (config.get(RECORD) or {}).items()}
         self.config: dict[str, Any] | None = {k: v for k, v in config.items() if k not in _ADDED}
         self.headers: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._maps: dict[Path, NDArray[np.uint8]] = {}
+        self.records: dict[str, str] = {}
         self._dtypes: dict[str, str] = {}
-        files = self._weight_files()
+        files = self.weight_files()
         for file in files:
             header = safetensors.read_header(file)
             if twice := self.headers.keys() & header.tensors.keys():
                 raise SourceError(f"{file}: tensor {min(twice)} is in another file too")
             self.headers |= header.tensors
-            self.metadata |= {k: v for k, v in header.metadata.items() if not k.startswith(f"{RECORD}.")}
+            own = {k: v for k, v in header.metadata.items() if k.startswith(f"{RECORD}.")}
+            self.metadata |= {k: v for k, v in header.metadata.items() if k not in own}
+            self.records |= {k.removeprefix(f"{RECORD}."): v for k, v in own.items()}
             self._dtypes |= self._noted_dtypes(file, header.metadata)
         self.entries = self.find(config)
         skipped = {*files, *(self.path / name for name in ("config.json", INDEX, MANIFEST, *self.added_files))}
@@ -101,6 +105,10 @@ class StoredModel(ABC):
         """The error that says so, for the caller to raise."""
         return SourceError(f"{self.path}: {words}")
 
+    def read_config(self) -> dict[str, Any]:
+        """The whole config.json. Raises SourceError."""
+        return self.read_json("config.json")
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object that is in the directory. Raises SourceError."""
         try:
@@ -131,7 +139,8 @@ class StoredModel(ABC):
         except (ValueError, RecursionError, TypeError, AttributeError) as e:
             raise SourceError(f"{file}: {WEIGHT_DTYPES} of its metadata is no JSON of names by dtype: {e}") from e
 
-    def _weight_files(self) -> list[Path]:
+    def weight_files(self) -> list[Path]:
+        """The files of weights: those of the index, or all. Raises SourceError where one is missing."""
         if not (self.path / INDEX).exists():
             files = sorted(self.path.glob("*.safetensors"))
             if not files:
