@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from arrowquant_gpu import ops
+from arrowquant_gpu.schemes import Scheme
+from arrowquant_gpu.tensor import QuantizedTensor
+
 MODULES = {
     "llama-cpp-python": "llama_cpp",
     "compressed-tensors": "compressed_tensors",
@@ -89,7 +93,13 @@ def layer(weights: list[np.ndarray], threads: int) -> dict[str, float]:
 
 # --- llama-cpp-python: libggml, called as llama-quantize does, rows shared among threads -----------------------------
 
-GGML = {"Q4_0": (2, 18), "Q8_0": (8, 34)}  # type number, bytes of a block of 32
+# Types and their numbers in ggml.h; those of bench_cpu.py first.
+GGML = {"Q4_0": 2, "Q8_0": 8}
+GGML_TYPES = (
+    GGML
+    | {"Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+    | {"IQ4_NL": 20}
+)
 
 
 def llama_cpp(weights: list[np.ndarray], threads: int, name: str) -> Peer:
@@ -100,10 +110,10 @@ def llama_cpp(weights: list[np.ndarray], threads: int, name: str) -> Peer:
     quantize_chunk.restype = ctypes.c_size_t
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-    number_of_type, block_bytes = GGML[name]
+    number_of_type, scheme = GGML_TYPES[name], Scheme.parse(name.lower())
     library.ggml_quantize_init(number_of_type)
     rows, length = weights[0].shape
-    out = np.zeros((rows, length // 32, block_bytes), np.uint8)
+    out = np.zeros(scheme.packed_shape((rows, length)), np.uint8)
     pool = ThreadPoolExecutor(max(threads - 1, 1))
     edges = [rows * i // threads for i in range(threads + 1)]
 
@@ -120,11 +130,8 @@ def llama_cpp(weights: list[np.ndarray], threads: int, name: str) -> Peer:
         return out
 
     def decode(blocks: np.ndarray) -> np.ndarray:
-        scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)
-        if name == "Q8_0":
-            return (blocks[..., 2:].view(np.int8) * scale).reshape(rows, length)
-        codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
-        return ((codes.astype(np.float32) - 8) * scale).reshape(rows, length)
+        scales = np.empty((rows, 0), np.float16)
+        return ops.dequantize(QuantizedTensor(blocks, scales, None, (rows, length), scheme, "float32"), device="cpu")
 
     return Peer(f"llama.cpp {name}", threads, run, decode)
 
@@ -202,7 +209,7 @@ def torchao(weights: list[np.ndarray], threads: int) -> Peer:
     return Peer("torchao affine int4", threads, _with_threads(threads, run), decode)
 
 
-def bitsandbytes(weights: list[np.ndarray], threads: int) -> Peer:
+def bitsandbytes(weights: list[np.ndarray], threads: int, name: str = "NF4") -> Peer:
     from bitsandbytes import functional
 
     tensors = _torch(weights)
@@ -210,8 +217,8 @@ def bitsandbytes(weights: list[np.ndarray], threads: int) -> Peer:
     def decode(result: Any) -> np.ndarray:
         return functional.dequantize_4bit(*result).float().numpy()
 
-    run = _with_threads(threads, lambda i: functional.quantize_4bit(tensors[i], blocksize=64, quant_type="nf4"))
-    return Peer("bitsandbytes NF4", threads, run, decode)
+    run = _with_threads(threads, lambda i: functional.quantize_4bit(tensors[i], blocksize=64, quant_type=name.lower()))
+    return Peer(f"bitsandbytes {name}", threads, run, decode)
 
 
 def hqq(weights: list[np.ndarray], threads: int, *, optimized: bool) -> Peer:
@@ -232,7 +239,7 @@ def hqq(weights: list[np.ndarray], threads: int, *, optimized: bool) -> Peer:
 # --- mlx -------------------------------------------------------------------------------------------------------------
 
 
-def mlx(weights: list[np.ndarray]) -> Peer:
+def mlx(weights: list[np.ndarray], group_size: int = 128) -> Peer:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
@@ -241,11 +248,11 @@ def mlx(weights: list[np.ndarray]) -> Peer:
     mx.eval(arrays)
 
     def run(i: int) -> Any:
-        result = mx.quantize(arrays[i], group_size=128, bits=4)
+        result = mx.quantize(arrays[i], group_size=group_size, bits=4)
         mx.eval(result)
         return result
 
     def decode(result: Any) -> np.ndarray:
-        return np.array(mx.dequantize(*result, group_size=128, bits=4).astype(mx.float32))
+        return np.array(mx.dequantize(*result, group_size=group_size, bits=4).astype(mx.float32))
 
     return Peer("mlx affine int4", None, run, decode)
