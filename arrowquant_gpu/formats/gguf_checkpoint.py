@@ -115,17 +115,17 @@ class GgufCheckpoint:
             whole = tuple(row.get("shape", tensor.shape if home.expert is None else tensor.shape[1:]))
             n_stack = 1 if home.expert is None else tensor.shape[0]
             is_whole = math.prod(whole) * n_stack == math.prod(tensor.shape) and all(n >= 0 for n in whole)
-            is_known = is_quantized or tensor.type.name in _KEPT.get(dtype, (BY_DTYPE[dtype].name,))
+            if is_quantized:
+                is_known = tensor.type.scheme is not None and dtype in DTYPES
+            else:
+                is_known = tensor.type.name in (_KEPT[dtype] if dtype in _KEPT else (BY_DTYPE[dtype].name,))
             is_stacked = home.expert is None or 0 <= home.expert < n_stack
-            is_paired = home.heads >= 0 and (not home.heads or (bool(whole) and not whole[0] % (2 * home.heads)))
+            is_paired = home.heads >= 0 and (not home.heads or not whole[0] % (2 * home.heads))
+            is_paired &= not home.heads or len(whole) < 3
             fits = (whole[-1] if whole else 1) % tensor.type.block == 0
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             raise SourceError(f"{self.path}: the record of {name[:100]!r} is damaged: {e!r}") from e
-        if not (is_whole and is_known and is_stacked and is_paired and fits) or (
-            is_quantized and not tensor.type.scheme
-        ):
-            raise SourceError(f"{self.path}: the record of {name[:100]!r} does not fit {home.name[:100]!r}")
-        if dtype not in DTYPES or (len(whole) > 1 and home.heads and len(whole) != 2):
+        if not (is_whole and is_known and is_stacked and is_paired and fits):
             raise SourceError(f"{self.path}: the record of {name[:100]!r} does not fit {home.name[:100]!r}")
         scheme = Scheme.parse(tensor.type.scheme) if is_quantized and tensor.type.scheme else None
         self._homes[name] = tensor, home

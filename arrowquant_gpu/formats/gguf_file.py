@@ -270,14 +270,15 @@ class _Reader:
 
     def _placed(self, found: list[GgufTensor], data: int) -> dict[str, GgufTensor]:
         """The tensors by name, in the order of the file, with absolute offsets."""
-        placed = {t.name: t._replace(offset=data + t.offset) for t in found}
-        if len(placed) < len(found):
-            names = [t.name for t in found]
-            raise self._fail(f"has tensor {next(n for n in names if names.count(n) > 1)[:100]!r} twice")
-        for t in placed.values():
+        placed: dict[str, GgufTensor] = {}
+        for t in found:
+            if t.name in placed:
+                raise self._fail(f"has tensor {t.name[:100]!r} twice")
+            placed[t.name] = t._replace(offset=data + t.offset)
+        in_order = sorted((t for t in placed.values() if t.n_bytes), key=lambda t: t.offset)
+        for t in in_order:
             if t.offset + t.n_bytes > self._size:
                 raise self._fail(f"tensor {t.name[:100]!r} ends at {t.offset + t.n_bytes:,} of {self._size:,} bytes")
-        in_order = sorted((t for t in placed.values() if t.n_bytes), key=lambda t: t.offset)
         for a, b in pairwise(in_order):
             if a.offset + a.n_bytes > b.offset:
                 raise self._fail(f"tensors {a.name[:100]!r} and {b.name[:100]!r} overlap")
