@@ -112,7 +112,7 @@ def written(source: Callable[[str, str], Path], tmp_path_factory: pytest.TempPat
                 suffix = FILE_SUFFIXES[row.format]
             path, decoded = folder / f"quantized{suffix}", folder / ("decoded.safetensors" if suffix else "decoded")
             write(row, model, origin, path, decoded)
-            last[case] = Written(row, path, origin, reference(decoded, path, origin, row.dtype)), folder
+            last[case] = Written(row, path, origin, reference(decoded, origin, row.dtype)), folder
         return last[case][0]
 
     return get

@@ -59,8 +59,10 @@ LOADERS: Mapping[str, Loader] = {
 }
 
 
-def reference(decoded: Path, written: Path, model: Path, dtype: str) -> np.ndarray:
-    """What a checkpoint computes that `arrowquant dequantize` made of `written`: a directory, or one file."""
+def reference(decoded: Path, model: Path, dtype: str) -> np.ndarray:
+    """What the weights compute that `arrowquant dequantize` wrote: to a directory, or to one file for a GGUF file."""
     if decoded.is_dir():
         return transformers_models.plain(decoded, dtype)
-    return decoders.run(gguf_files.restored(decoded, written, model), model, dtype)
+    from safetensors.torch import load_file
+
+    return decoders.run(load_file(decoded) | gguf_files.without_place(model), model, dtype)

@@ -28,8 +28,10 @@ def decompressed(directory: Path, dtype: str) -> np.ndarray:
 
 def gptq(directory: Path, dtype: str) -> np.ndarray:
     """gptqmodel's kernel that decodes and multiplies; the default one on a CPU computes in bfloat16, 2 % off."""
+    import torch
     from transformers import GPTQConfig
 
+    torch._dynamo.config.disable = True  # gptqmodel would have its layers compiled, for seconds
     config = GPTQConfig(bits=4, backend="gptq_torch")  # only the backend is taken from here
     return _outputs(_load(directory, dtype, device_map="cpu", quantization_config=config), directory)
 
