@@ -125,20 +125,23 @@ class MlxCheckpoint(StoredModel):
 
     def _entry(self, module: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Entry:
         """The float tensor of a module, all of whose parts are checked against each other."""
-        own = settings.get(module) if isinstance(settings.get(module), dict) else {}
-        mode, bits, size = ({**settings, **own}.get(key) for key in ("mode", "bits", "group_size"))
+        own = settings.get(module)
+        merged: dict[str, Any] = {**settings, **(own if isinstance(own, dict) else {})}
+        mode, size, bits = merged.get("mode"), merged.get("group_size"), merged.get("bits")
         words, scales = self.headers.get(f"{module}.weight"), self.headers[f"{module}.scales"]
         if words is None or words.dtype != "uint32" or len(words.shape) != 2:
             raise self.fail(f"{module}.scales has no {module}.weight of 2-D uint32 beside it")
         dtype, ids = scales.dtype, {mode: scheme for scheme, mode in MODES.items()}
         try:
-            if mode in (None, "affine"):
+            if mode in (None, "affine") and isinstance(bits, int):
                 scheme = Scheme(bits, "group", size, False, scales.dtype, "affine")
             elif mode in ids:
                 scheme = Scheme.parse(ids[mode])
                 dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
             else:
-                raise self.fail(f"{module}: mode {mode!r}; affine, {', '.join(ids)} are what can be read")
+                raise self.fail(
+                    f"{module}: mode {mode!r} of {bits!r} bits; affine, {', '.join(ids)} are what can be read"
+                )
         except (SchemeError, TypeError) as e:
             raise self.fail(f"{module}: {e}") from e
         if dtype not in KERNEL_DTYPES:
