@@ -23,7 +23,7 @@ from ..schemes import Scheme
 from . import Entry
 from .engine_rules import UNFUSED_EXPERTS, Rule, broken
 from .ignored_modules import TIED_HEADS, ignore_list
-from .transposed import TransposedModel, TransposedSink, common_scheme, marlin_rules
+from .transposed import LINE_WORDS, TransposedModel, TransposedSink, common_scheme, marlin_rules
 
 # The row, of 8, whose code is in bits 4 j to 4 j + 3 of a word.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -54,13 +54,15 @@ class AwqSink(TransposedSink):
 
     def code_words(self, packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         """See `TransposedSink`. Each byte of `packed` has the codes of two columns, each byte of a word of two rows."""
-        eights = packed.reshape(-1, 8, packed.shape[1])
-        low, high = eights[:, ORDER[0::2]], eights[:, ORDER[1::2]]
-        even = (low & np.uint8(0x0F)) | (high << np.uint8(4))
-        odd = (low >> np.uint8(4)) | (high & np.uint8(0xF0))
-        words = np.empty((2 * packed.shape[1], len(eights)), "<u4")
-        for first, part in enumerate((even, odd)):
-            words[first::2] = np.ascontiguousarray(part.transpose(0, 2, 1)).view("<u4")[..., 0].T
+        words = np.empty((2 * packed.shape[1], len(packed) // 8), "<u4")
+        for row in range(0, len(packed), 8 * LINE_WORDS):
+            part = packed[row : row + 8 * LINE_WORDS].reshape(-1, 8, packed.shape[1])
+            low, high = part[:, ORDER[0::2]], part[:, ORDER[1::2]]
+            even = (low & np.uint8(0x0F)) | (high << np.uint8(4))
+            odd = (low >> np.uint8(4)) | (high & np.uint8(0xF0))
+            columns = slice(row // 8, row // 8 + len(part))
+            for first, four in enumerate((even, odd)):
+                words[first::2, columns] = np.ascontiguousarray(four.transpose(0, 2, 1)).view("<u4")[..., 0].T
         return words.view(np.uint8)
 
     def zero_words(self, zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -31,7 +31,7 @@ from ..reference.floats import VALUES
 from ..schemes import Scheme
 from . import Codes, Entry, Place, TensorInfo
 from .engine_rules import UNFUSED_EXPERTS, broken
-from .ignored_modules import ANY_SCHEME, TIED_HEADS, ignore_list, misfit, module_of
+from .ignored_modules import TIED_HEADS, carriers, ignore_list, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .output import Output
 from .pieces import Cut, Piece
@@ -70,7 +70,7 @@ class BitsAndBytesSink(ModelSink):
         if not is_int8 and (scheme.grid not in GRIDS or scheme.group_size not in BLOCK_SIZES):
             raise FormatError(
                 f"bitsandbytes has nf4 and fp4 in groups of {', '.join(map(str, BLOCK_SIZES))}, and int8_channel with "
-                f"float32 scales (LLM.int8), not {scheme.id}; use nf4_g64, or {ANY_SCHEME}"
+                f"float32 scales (LLM.int8), not {scheme.id}; use nf4_g64, or {carriers(scheme)}"
             )
         if is_int8 and self._is_double:
             raise FormatError("double_quant is for nf4 and fp4: int8_channel has one scale a row and nothing to gain")
@@ -79,7 +79,7 @@ class BitsAndBytesSink(ModelSink):
         if not math.prod(info.shape) or info.shape[1] % scheme.group_length(info.shape[1]):
             raise FormatError(
                 f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}: in bitsandbytes groups "
-                f"would go from one row to the next; use a smaller group, or {ANY_SCHEME}"
+                f"would go from one row to the next; use a smaller group, or {carriers(scheme)}"
             )
         return scheme
 

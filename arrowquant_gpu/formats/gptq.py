@@ -28,7 +28,7 @@ from .ignored_modules import ANY_SCHEME, ignore_list, module_of
 from .model_directory import write_json
 from .model_sink import Stored
 from .output import Output
-from .transposed import UNIT, TransposedSink, common_scheme, marlin_rules
+from .transposed import UNIT, TransposedSink, common_scheme, marlin_rules, transposed
 
 QUANTIZE_CONFIG = "quantize_config.json"
 
@@ -114,7 +114,7 @@ class GptqSink(TransposedSink):
 
     def code_words(self, packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         """See `TransposedSink`. The words of a row are those of its code stream."""
-        return np.ascontiguousarray(packed.view("<u4").T).view(np.uint8)
+        return transposed(packed.view("<u4")).view(np.uint8)
 
     def zero_words(self, zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         """See `TransposedSink`."""

@@ -13,7 +13,7 @@ from ..reference.integers import unpack
 from ..schemes import Scheme
 from . import Entry
 from .gptq import QUANTIZE_CONFIG, VERSIONS, GptqSink
-from .transposed import TransposedModel
+from .transposed import TransposedModel, transposed
 
 
 class GptqCheckpoint(TransposedModel):
@@ -56,7 +56,7 @@ class GptqCheckpoint(TransposedModel):
 
     def codes(self, words: NDArray[np.int32], bits: int, row: int, stop: int) -> NDArray[np.uint8]:
         """See `TransposedModel`."""
-        return np.ascontiguousarray(words[:, row:stop].T).view(np.uint8)
+        return transposed(words[:, row:stop]).view(np.uint8)
 
     def zeros(self, words: NDArray[np.int32], bits: int, row: int, stop: int) -> NDArray[np.uint8]:
         """See `TransposedModel`."""

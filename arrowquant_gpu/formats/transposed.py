@@ -23,13 +23,27 @@ from ..schemes import Scheme
 from ..tensor import QuantizedTensor
 from . import Codes, Entry, Place, TensorInfo
 from .engine_rules import Rule
-from .ignored_modules import ANY_SCHEME, misfit, module_of
+from .ignored_modules import ANY_SCHEME, carriers, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Cut, Piece
 from .stored_model import StoredModel, row_blocks
 
 # Rows whose codes and zero points fill whole words at every width: 32 codes of 3 bits are 3 words.
 UNIT = 32
+# 32-bit words of a cache line.
+LINE_WORDS = 16
+
+
+def transposed(words: NDArray[Any]) -> NDArray[Any]:
+    """The transpose of words [rows, columns] as an array of its own, written a cache line at a time.
+
+    >>> transposed(np.array([[1, 2, 3], [4, 5, 6]], np.uint32)).tolist()
+    [[1, 4], [2, 5], [3, 6]]
+    """
+    out = np.empty(words.shape[::-1], words.dtype)
+    for row in range(0, len(words), LINE_WORDS):
+        out[:, row : row + LINE_WORDS] = words[row : row + LINE_WORDS].T
+    return out
 
 
 def marlin_rules(engine: str) -> tuple[Rule, Rule]:
@@ -89,7 +103,7 @@ class TransposedSink(ModelSink):
             widths = ", ".join(f"int{bits}" for bits in self.bits)
             raise FormatError(
                 f"{self.format} has {widths} codes with a scale per group or channel, not {scheme.id}; "
-                f"use int4_g128, or {ANY_SCHEME}"
+                f"use int4_g128, or {carriers(scheme)}"
             )
         if (reason := misfit(info, self.config, self.format)) is not None:
             raise FormatError(reason)
