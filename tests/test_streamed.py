@@ -122,7 +122,7 @@ class Model:
         self.smallest = Sizes(*(max(column) for column in zip(*map(sizes, self.pieces), strict=True)))
         self.solved: dict[str, Solved] = {}
         for entry in self.entries:
-            if entry.scheme is not None and entry.scheme.granularity == "tensor":
+            if entry.scheme is not None and entry.scheme.needs_range:
                 x = self.x[entry.info.name].reshape(rows_and_length(entry.info.shape))
                 low, high = bounds(x)
                 self.solved[entry.info.name] = ops.solve_tensor(
@@ -143,7 +143,7 @@ class Model:
             group: list[Piece] = []
             for piece in self.pieces:
                 scheme = piece.entry.scheme
-                if is_range and (scheme is None or scheme.granularity != "tensor"):
+                if is_range and (scheme is None or not scheme.needs_range):
                     continue
                 total = Sizes(*map(sum, zip(*map(sizes, [*group, piece]), strict=True)))
                 is_next = not group or group[-1].offset + group[-1].n_bytes == piece.offset
@@ -176,11 +176,13 @@ def check_result(result: Result, load: Load, x: np.ndarray, solved: dict[str, So
         assert result.bounds == (bounds(x) if load.is_range else None), what
         return
     assert result.codes is not None
-    packed, scales, zeros, findings = reference.quantize(x, scheme)
+    known = solved[result.piece.entry.info.name][1] if scheme.scale_rule == "global" else None
+    packed, scales, zeros, findings = reference.quantize(x, scheme, known)
     if scheme.granularity == "tensor" and x.size:
-        scales, zeros = solved[result.piece.entry.info.name]
-        packed = reference.pack(reference.encode(reference.to_float32(x), scales, zeros, scheme), scheme.bits)
-        findings = reference.Findings()
+        scale, zeros = solved[result.piece.entry.info.name]
+        assert scale is not None
+        scales, findings = scale, reference.Findings()
+        packed = reference.encode_packed(reference.to_float32(x), scales, zeros, scheme)
     assert result.findings == findings, what
     if findings != reference.Findings():  # then the codes are not defined
         return
@@ -201,6 +203,19 @@ def load_of(group: Sequence[Piece], is_range: bool = False) -> Load:
     return Load(FILE, group[0].offset, end - group[0].offset, tuple(group), is_range)
 
 
+# A tensor of every family of grids, and of every way in which a scale comes about.
+GRIDS: tuple[tuple[tuple[int, ...], str, str | None], ...] = (
+    ((40, 96), "bfloat16", "mxfp4"),
+    ((9, 70), "float32", "nf4_g64"),
+    ((33, 96), "bfloat16", "nvfp4"),
+    ((12, 35), "float16", "e4m3_tensor"),
+    ((200, 20), "bfloat16", "e4m3_b128"),
+    ((7,), "float32", None),
+    ((5, 96), "float32", "affine4_g32"),
+    ((11, 64), "float64", "q8_0"),
+    ((3, 1024), "bfloat16", "q6_k"),
+    ((61, 13), "float32", "e5m2_channel"),
+)
 MIXED: tuple[tuple[tuple[int, ...], str, str | None], ...] = (
     ((40, 96), "bfloat16", "int4_g32_asym"),
     ((7,), "float32", None),
@@ -270,7 +285,7 @@ def run_all(device: StreamedDevice, model: Model, *, has_weights: bool = True) -
         thread.join()
     if errors:
         raise errors[0]
-    in_range = sum(p.entry.scheme is not None and p.entry.scheme.granularity == "tensor" for p in model.pieces)
+    in_range = sum(p.entry.scheme is not None and p.entry.scheme.needs_range for p in model.pieces)
     assert n[0] == len(model.pieces) + in_range
 
 
@@ -284,6 +299,14 @@ def test_every_kind_of_piece(start: int, reader: type[BytesReader]) -> None:
     """Starts of 3 put every piece off its element's alignment."""
     model = Model(MIXED, start, start=start)
     device = device_over(SimulatedStreams(seed=start), model, reader=reader(model.data))
+    run_all(device, model)
+    device.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_family_of_grids(seed: int) -> None:
+    model = Model(GRIDS * 2, seed, start=8 * seed)
+    device = device_over(SimulatedStreams(seed=seed), model, n_slots=1 + seed)
     run_all(device, model)
     device.close()
 

@@ -20,7 +20,7 @@ from .gpuless.fake_cupy import ENGINE
 from .gpuless.loaders import ShimLoader
 from .gpuless.stand_in import Edit, backend_over, edited_module
 from .simulated_streams import SimulatedStreams
-from .test_streamed import MIXED, PIECE_BYTES, SLOT_BYTES, BytesReader, Model, run_all
+from .test_streamed import GRIDS, MIXED, PIECE_BYTES, SLOT_BYTES, BytesReader, Model, run_all
 
 BATCHES, STREAMED = "arrowquant_gpu.engine.batches", "arrowquant_gpu.engine.streamed"
 
@@ -59,6 +59,14 @@ def test_a_ring_on_the_stand_in(host: Host, index: int, n_slots: int) -> None:
     assert [gpu.n_launches > 0 for gpu in host.gpus] == [index == 0, index == 1]
     device.close()
     assert not host.gpus[index].reserved
+
+
+@pytest.mark.compiler
+def test_every_family_of_grids_on_the_stand_in(host: Host) -> None:
+    model = Model(GRIDS, 2)
+    device = open_over(host, model, n_slots=2)
+    run_all(device, model)
+    device.close()
 
 
 @pytest.mark.compiler
