@@ -182,7 +182,7 @@ def ranged(x: int, packed: int, bits: int, kind: int, begin: int, end: int) -> t
 def _e8m0(top: Any) -> Any:
     """The exponent byte for a largest magnitude, given as bits: see reference.ggml._exponent."""
     exponent, missing = (top >> 23) - 126, 0x800000 - (top & 0x7FFFFF)
-    if missing <= 64 and exponent:  # as near to the next power of two as log2 might not tell apart
+    if missing <= 64 and exponent and exponent < 128:  # as near to the next power of two as log2 might not tell apart
         size, p = abs(exponent), -1
         while size:
             size >>= 1

@@ -218,12 +218,13 @@ def _exponent(amax: Floats) -> NDArray[np.int64]:
     """floor(log2(amax)) of [blocks, 1], where log2 has been rounded to float32: just below 2^k it may be k already.
 
     With |k| from 2^p to 2^(p+1), log2 steps by 2^(p-23) below k, and a weight by 2^(k-24): so it is k where at most
-    2^p ln 2 such steps are missing. Below a positive k = 2^p, log2 steps by half of that.
+    2^p ln 2 such steps are missing. Below a positive k = 2^p, log2 steps by half of that. 2^128 itself is left out: the
+    blocks would decode to infinity.
     """
     fraction, above = np.frexp(amax)
     k = above.astype(np.int64)
     p = np.frexp(np.abs(k).astype(F32))[1] - 1 - ((k > 0) & (k & (k - 1) == 0))
-    near = np.where((k == 0) | (p < 0), 0, LN2 << np.maximum(p, 0) >> 16)
+    near = np.where((k == 0) | (k == 128) | (p < 0), 0, LN2 << np.maximum(p, 0) >> 16)
     missing = np.ldexp(F32(1) - fraction, 24).astype(np.int64)
     return np.where(missing <= near, k, k - 1)
 

@@ -1,0 +1,399 @@
+"""ggml's blocks: the reference against plain loops, the CPU backend against the reference, golden files, findings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arrowquant_gpu import reference
+from arrowquant_gpu.backends import Backend, cpu, get_backend
+from arrowquant_gpu.backends.cpu import CpuBackend
+from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES
+from arrowquant_gpu.grids import GRIDS
+from arrowquant_gpu.reference import Findings, ggml
+from arrowquant_gpu.schemes import Scheme
+
+from . import cases, golden
+from .bitwise import assert_bitwise_equal
+from .test_backends import BACKENDS, PATTERNS, dequantize, quantize
+
+F32 = np.float32
+SCHEMES = [Scheme.parse(name) for name, grid in GRIDS.items() if grid.family == "ggml"]
+IDS = [scheme.id for scheme in SCHEMES]
+Case = tuple[Scheme, str, tuple[int, int], str]
+
+
+def _signed_zeros(rng: np.random.Generator, n: int) -> np.ndarray:
+    """No weight below zero, and zeros of both signs among them."""
+    x = np.abs(rng.standard_normal(n)).astype(F32)
+    x[rng.random(n) < 0.6] = 0
+    return np.where((x == 0) & (rng.random(n) < 0.5), F32(-0.0), x)
+
+
+def _near_powers(rng: np.random.Generator, n: int) -> np.ndarray:
+    """The largest of 32 a few steps below, at, or above a power of two."""
+    x = rng.uniform(-0.3, 0.3, n).astype(F32)
+    size = -(-n // 32)
+    powers = np.exp2(rng.integers(-120, 100, size)).astype(F32)
+    steps = rng.integers(-50, 3, size).astype(np.int32)
+    near = (powers.view(np.int32) + steps).view(F32)
+    x = (x.reshape(-1, n)[0] * np.repeat(powers, 32)[:n]).astype(F32)
+    x[::32] = near
+    return x
+
+
+def _grid_ties(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Halfway between two values of e2m1 and of small whole numbers, at several scales."""
+    values = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6], F32)
+    x = rng.choice(np.concatenate([values, -values]), n)
+    x[::32] = rng.choice(np.array([6, -6, 7.9, 4], F32), len(x[::32]))
+    return (x * np.exp2(np.repeat(rng.integers(-9, 9, -(-n // 32)), 32)[:n])).astype(F32)
+
+
+def _both_signs(rng: np.random.Generator, n: int) -> np.ndarray:
+    """The largest magnitude twice or more, with both signs."""
+    return rng.integers(-4, 5, n).astype(F32) * F32(0.125)
+
+
+def _halves(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Halves of steps of q8_0 and q4_0, and the floats next to them."""
+    x = (rng.integers(-127, 127, n) + 0.5).astype(F32)
+    small = rng.random(n) < 0.5
+    x[small] = rng.choice(np.array([0.5, -0.5, 1.5, -2.5], F32), int(small.sum()))
+    x = np.nextafter(x, (x * rng.integers(0, 3, n)).astype(F32))
+    x[::32] = rng.choice(np.array([127, -127, 8, -8, 15, 31], F32), len(x[::32]))
+    return x
+
+
+# What else there is than in tests/cases.py.
+CONTENTS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    **cases.CONTENTS,
+    "signed_zeros": _signed_zeros,
+    "near_powers": _near_powers,
+    "grid_ties": _grid_ties,
+    "both_signs": _both_signs,
+    "halves": _halves,
+    "heavy_tailed": lambda rng, n: (rng.standard_t(3, n) * 0.02).astype(F32),
+    "of_any_size": lambda rng, n: (rng.standard_normal(n) * np.exp2(np.arange(n) // 32 % 60 - 40)).astype(F32),
+}
+
+
+def make(content: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """The [rows, length] tensor of one case: finite in its dtype, the same on every machine."""
+    if content in cases.CONTENTS:
+        return cases.make(content, shape, dtype)
+    rng = np.random.default_rng([*content.encode(), *shape])
+    target = DTYPES[dtype].numpy
+    info = ml_dtypes.finfo(target)
+    with np.errstate(over="ignore", under="ignore"):
+        x = np.clip(CONTENTS[content](rng, shape[0] * shape[1]), F32(info.min), F32(info.max))
+        return x.astype(target).reshape(shape)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return get_backend(request.param)
+
+
+def check(backend: Backend, x: np.ndarray, scheme: Scheme, dtypes: Iterable[str] = KERNEL_DTYPES) -> None:
+    """Encode `x` and decode the result to `dtypes`; raise unless all equals the reference, findings included."""
+    packed, scales, zeros, findings = reference.quantize(x, scheme)
+    got = quantize(backend, x, scheme)
+    if got[3] != findings:
+        raise AssertionError(f"findings differ: got {got[3]}, want {findings}")
+    if findings != Findings():
+        return
+    assert_bitwise_equal(got[0], packed, "packed")
+    assert got[1].shape == scales.shape == (x.shape[0], 0)
+    assert got[2] is None
+    assert zeros is None
+    for dtype in dtypes:
+        want = reference.dequantize(packed, scales, zeros, scheme, x.shape[1], dtype)
+        assert_bitwise_equal(dequantize(backend, packed, scales, zeros, scheme, x.shape[1], dtype), want, dtype)
+
+
+def check_counts(backend: Backend, names: Sequence[str]) -> None:
+    """What is not finite is counted, and so are blocks that overflow."""
+    for name, dtype in itertools.product(names, KERNEL_DTYPES):
+        x = make("normal", (5, 320), dtype)
+        bits = x.view(f"u{x.itemsize}").reshape(-1)
+        for at, pattern in zip((3, 319, 400, 401, 1000, 1599), PATTERNS[dtype], strict=True):
+            before = bits[at].copy()
+            bits[at] = pattern
+            check(backend, x, Scheme.parse(name))
+            bits[at] = before
+        bits[[3, 400, 1599]] = PATTERNS[dtype][:3]
+        check(backend, x, Scheme.parse(name))
+    for name in names:
+        x = make("normal", (4, 320), "float32")
+        for at, value in ((1000, 65519.0), (170, -65519.9), (1001, 65520.0), (650, 2e6), (651, 1e7), (30, -3e38)):
+            x.reshape(-1)[at] = value
+            check(backend, x, Scheme.parse(name))
+
+
+def check_decode(backend: Backend, scheme: Scheme) -> None:
+    """Bytes that no encoder wrote, with every value of a scale that is not NaN."""
+    rng = np.random.default_rng(11)
+    grid, length = GRIDS[scheme.grid], 128
+    packed = rng.integers(0, 256, (97, scheme.row_bytes(length)), np.uint8)
+    if scheme.grid not in ("ggml_mxfp4", "ggml_nvfp4"):
+        halves = packed.reshape(-1, grid.block_bytes)[:, : 4 if scheme.grid in ("q4_1", "q5_1") else 2].copy()
+        words = halves.view(np.uint16)
+        exponent = 0x7F80 if scheme.grid == "bf16" else 0x7C00
+        words[words & exponent == exponent] ^= 0x400
+        packed.reshape(-1, grid.block_bytes)[:, : halves.shape[1]] = words.view(np.uint8)
+    scales = np.empty((97, 0), np.float16)
+    for dtype in KERNEL_DTYPES:
+        want = reference.dequantize(packed, scales, None, scheme, length, dtype)
+        assert_bitwise_equal(
+            dequantize(backend, packed, scales, None, scheme, length, dtype), want, f"{scheme} {dtype}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backends.
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_a_backend_gives_the_bytes_of_the_reference(backend: Backend, scheme: Scheme) -> None:
+    for dtype, shape, content in itertools.product(KERNEL_DTYPES, ((1, 64), (7, 320), (3, 1024)), CONTENTS):
+        try:
+            check(backend, make(content, shape, dtype), scheme, [KERNEL_DTYPES[len(content) % 3]])
+        except AssertionError as e:
+            raise AssertionError(f"{scheme} of {dtype} {shape} {content}: {e}") from e
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_a_backend_decodes_any_bytes(backend: Backend, scheme: Scheme) -> None:
+    check_decode(backend, scheme)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_backend_counts(backend: Backend, name: str) -> None:
+    check_counts(backend, [name])
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_casts_of_any_length(backend: Backend, name: str, dtype: str) -> None:
+    for n in (1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 127, 200):
+        check(backend, make("of_any_size", (3, n), dtype), Scheme.parse(name))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_empty_tensors(backend: Backend, scheme: Scheme) -> None:
+    for shape in ((0, 64), (3, 0)):
+        check(backend, np.empty(shape, F32), scheme)
+
+
+@given(data=st.data())
+def test_any_bits(data: st.DataObject) -> None:
+    """Any finite weights, of which some are extreme."""
+    dtype = data.draw(st.sampled_from(KERNEL_DTYPES))
+    target = DTYPES[dtype].numpy
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    x = np.frombuffer(rng.bytes(192 * target.itemsize), target).copy()
+    x[~np.isfinite(x.astype(F32))] = 0
+    if data.draw(st.booleans()):
+        with np.errstate(over="ignore", under="ignore"):
+            x = (np.sign(x.astype(F32)) * rng.uniform(0.5, 1, 192) * 2.0 ** data.draw(st.integers(-130, 17))).astype(
+                target
+            )
+        x[~np.isfinite(x.astype(F32))] = 1
+    for scheme in SCHEMES:
+        check(get_backend("cpu"), x.reshape(3, 64), scheme, [dtype])
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_any_number_of_threads_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """With pieces of one unit: each boundary between two pieces that there can be, is."""
+    for constant in ("SHARE", "PIECE"):
+        monkeypatch.setattr(cpu, constant, 1)
+    monkeypatch.setattr(cpu, "PIECES", 1 << 20)
+    backend = CpuBackend(threads)
+    for scheme in SCHEMES:
+        check(backend, make("normal", (5, 320), "bfloat16"), scheme, ["float32"])
+    check_counts(backend, ["q4_1", "f16"])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_there_is_nothing_to_encode_with_known_scales(scheme: Scheme) -> None:
+    x, scales = np.zeros((1, 64), F32), np.empty((1, 0), np.float16)
+    packed = np.empty(scheme.packed_shape(x.shape), np.uint8)
+    with pytest.raises(NotImplementedError, match=scheme.id):
+        reference.encode_packed(x, scales, None, scheme)
+    with pytest.raises(NotImplementedError, match=scheme.id):
+        reference.solve(x[:, :1], x[:, :1], scheme)
+    with pytest.raises(NotImplementedError, match=scheme.id):
+        get_backend("cpu").encode(x, scheme, scales, None, packed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference, against one block at a time in exact arithmetic of Python's own.
+
+
+def f32(value: float) -> float:
+    return float(F32(value))
+
+
+def half_bytes(value: float) -> list[int]:
+    return list(np.array(value, "<f2").tobytes())
+
+
+def nibbles(codes: list[int]) -> list[int]:
+    half = len(codes) // 2
+    return [codes[j] & 15 | (codes[j + half] & 15) << 4 for j in range(half)]
+
+
+def block_q8(x: list[float]) -> list[int]:
+    scale = f32(max(map(abs, x)) / 127)
+    inverse = f32(1 / scale) if scale else 0.0
+    codes = [f32(v * inverse) for v in x]
+    return half_bytes(scale) + [int(math.copysign(math.floor(abs(q) + 0.5), q)) & 255 for q in codes]
+
+
+def block_signed(x: list[float], bits: int) -> list[int]:
+    most, largest = 0.0, 0.0
+    for v in x:
+        if abs(v) > most:
+            most, largest = abs(v), v
+    offset = 1 << (bits - 1)
+    scale = f32(largest / -offset)
+    inverse = f32(1 / scale) if scale else 0.0
+    codes = [min(int(f32(f32(v * inverse) + offset + 0.5)), 2 * offset - 1) for v in x]
+    return half_bytes(scale) + fifth(codes, bits) + nibbles(codes)
+
+
+def block_ranged(x: list[float], bits: int) -> list[int]:
+    low, high = x[0], x[0]
+    for v in x:
+        low, high = (v if v < low else low), (v if v > high else high)
+    levels = (1 << bits) - 1
+    scale = f32(f32(high - low) / levels)
+    inverse = f32(1 / scale) if scale else 0.0
+    codes = [min(int(f32(f32(f32(v - low) * inverse) + 0.5)), levels) for v in x]
+    return half_bytes(scale) + half_bytes(low) + fifth(codes, bits) + nibbles(codes)
+
+
+def fifth(codes: list[int], bits: int) -> list[int]:
+    return list(sum((q >> 4) << j for j, q in enumerate(codes)).to_bytes(4, "little")) if bits == 5 else []
+
+
+def nearest_e2m1(v: float, step: float) -> int:
+    values = [*range(5), 6, 8, 12, 0, *range(-1, -5, -1), -6, -8, -12]
+    errors = [abs(k * step - v) for k in values]
+    return errors.index(min(errors))
+
+
+def block_mxfp4(x: list[float]) -> list[int]:
+    most = max(map(abs, x))
+    e = max(math.floor(f32(math.log2(most))) + 125, 0) if most else 0
+    return [e, *nibbles([nearest_e2m1(v, 2.0 ** (e - 128)) for v in x])]
+
+
+def block_nvfp4(x: list[float]) -> list[int]:
+    scales, codes = [], []
+    for part in range(4):
+        values = x[16 * part : 16 * part + 16]
+        wanted = f32(max(map(abs, values)) / 6)
+        table = [(u & 7) * 2.0**-9 if u < 8 else (8 + (u & 7)) * 2.0 ** ((u >> 3) - 10) for u in range(0x78)] + [256.0]
+        u = max(i for i in range(0x79) if i == 0 or wanted >= (table[i - 1] + table[i]) / 2)
+        u = 0x7E if u == 0x78 else 7 if u == 8 and wanted < 2.0**-6 else u
+        step = 224.0 if u == 0x7E else table[u] / 2
+        scales.append(u)
+        codes += nibbles([nearest_e2m1(v, step) for v in values])
+    return scales + codes
+
+
+def block_nl(x: list[float]) -> list[int]:
+    table = ggml.NL.tolist()
+    border = [(a + b) / 2 for a, b in itertools.pairwise(table)]
+
+    def code(v: float) -> int:
+        return sum(v >= b for b in border)
+
+    largest = max(x, key=abs)
+    scale = best = 0.0
+    for t in range(16):
+        inverse = f32(1 / f32(largest / 127)) if t == 0 else f32((t - 135) / largest)
+        products = norm = 0.0
+        for v in x:
+            q = table[code(f32(v * inverse))]
+            weighted = f32(f32(v * v) * q)
+            products, norm = f32(products + f32(weighted * v)), f32(norm + f32(weighted * q))
+        if t == 0 or f32(products * products) > f32(best * norm):
+            scale = f32(products / norm)
+            best = f32(scale * products)
+    inverse = f32(1 / scale)
+    return half_bytes(scale) + nibbles([code(f32(v * inverse)) for v in x])
+
+
+BY_HAND: dict[str, Callable[[list[float]], list[int]]] = {
+    "q8_0": block_q8,
+    "q4_0": lambda x: block_signed(x, 4),
+    "q5_0": lambda x: block_signed(x, 5),
+    "q4_1": lambda x: block_ranged(x, 4),
+    "q5_1": lambda x: block_ranged(x, 5),
+    "ggml_mxfp4": block_mxfp4,
+    "ggml_nvfp4": block_nvfp4,
+    "iq4_nl": block_nl,
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_reference_is_what_plain_loops_give(name: str) -> None:
+    """Every product and sum of two float32 is exact in a float64, or rounded twice to the same float32."""
+    scheme = Scheme.parse(name)
+    contents = ["normal", "ties", "halves", "grid_ties", "both_signs", "heavy_tailed", "near_powers"]
+    contents += [] if name == "iq4_nl" else ["signed_zeros", "one_hot", "zeros", "negative_zero"]
+    contents = [c for c in contents if not (c == "near_powers" and name != "ggml_mxfp4")]
+    for content in contents:
+        x = make(content, (8, 64), "float32")
+        packed, _, _, findings = reference.quantize(x, scheme)
+        assert findings == Findings()
+        block = GRIDS[scheme.grid].block
+        want = [BY_HAND[name](row) for row in x.reshape(-1, block).tolist()]
+        assert_bitwise_equal(packed.reshape(len(want), -1), np.array(want, np.uint8), content)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_decoded_weights_are_near(scheme: Scheme) -> None:
+    x = make("normal", (16, 1024), "float32")
+    packed, scales, zeros, _ = reference.quantize(x, scheme)
+    error = reference.dequantize(packed, scales, zeros, scheme, 1024) - x
+    bound = {2: 0.2, 4: 0.12, 5: 0.06, 8: 0.008, 16: 0.003}[scheme.bits]
+    assert np.sqrt((error**2).mean() / (x**2).mean()) < bound
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_golden_files(scheme: Scheme) -> None:
+    """The bytes of today are the bytes of tomorrow."""
+    saved = golden.load(scheme)
+    length = saved["x"].shape[1]
+    packed, scales, _, _ = reference.quantize(saved["x"], scheme)
+    assert_bitwise_equal(packed, saved["packed"], "packed")
+    decoded = reference.dequantize(saved["packed"], scales, None, scheme, length)
+    assert_bitwise_equal(decoded, saved["decoded"], "decoded")
+
+
+def write_golden() -> None:
+    """`python -m tests.test_ggml` writes the golden files of this family."""
+    for scheme in SCHEMES:
+        fit = [c for c in CONTENTS if c not in ("wild", "largest", "near_powers")]
+        x = np.concatenate([make(c, (1, 64), "float32") for c in fit])
+        packed, scales, zeros, findings = reference.quantize(x, scheme)
+        if findings != Findings():
+            raise SystemExit(f"{scheme}: {findings}")
+        decoded = reference.dequantize(packed, scales, zeros, scheme, x.shape[1])
+        np.savez(golden.GOLDEN / f"{scheme.id}.npz", x=x, packed=packed, decoded=decoded)
+
+
+if __name__ == "__main__":
+    write_golden()
