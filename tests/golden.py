@@ -10,22 +10,27 @@ from pathlib import Path
 import numpy as np
 
 from arrowquant_gpu import reference
+from arrowquant_gpu.grids import GRIDS
 from arrowquant_gpu.schemes import BITS, Scheme
 
 from .cases import CONTENTS, make
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# Those of grids other than whole numbers.
+OTHERS = [name for name, grid in GRIDS.items() if grid.family == "ggml"]
+
 
 def golden_schemes() -> list[Scheme]:
-    """Each width, symmetric and not, with one granularity and one scale type each so that all of them occur."""
+    """Each width, symmetric and not, with one granularity and one scale type each so that all of them occur; others."""
     grains = [("group", 16), ("group", 5), ("channel", None), ("group", 32), ("tensor", None), ("group", 24)]
     types = ["float32", "bfloat16", "float16", "float32", "bfloat16", "float32"]
-    return [
+    whole = [
         Scheme(bits, *grains[(i + asym) % 6], not asym, types[(i + asym) % 6])
         for i, bits in enumerate(BITS)
         for asym in (0, 1)
     ]
+    return whole + [Scheme.parse(name) for name in OTHERS]
 
 
 def load(scheme: Scheme) -> dict[str, np.ndarray]:
@@ -37,8 +42,9 @@ def load(scheme: Scheme) -> dict[str, np.ndarray]:
 def _write() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for scheme in golden_schemes():
-        contents = [c for c in CONTENTS if c not in ("wild", "largest") or scheme.scale_dtype != "float16"]
-        x = np.concatenate([make(c, (1, 53), "float32") for c in contents])
+        length = 53 if scheme.misfit((1, 53)) is None else 256
+        rows = [make(c, (1, length), "float32") for c in CONTENTS]
+        x = np.concatenate([row for row in rows if reference.quantize(row, scheme)[3] == reference.Findings()])
         packed, scales, zeros, findings = reference.quantize(x, scheme)
         if findings != reference.Findings():
             raise SystemExit(f"{scheme}: {findings}")

@@ -1,4 +1,4 @@
-"""ggml's blocks: the reference against plain loops, the CPU backend against the reference, golden files, findings."""
+"""ggml's blocks: the reference against plain loops, the CPU backend against the reference, findings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from arrowquant_gpu.grids import GRIDS
 from arrowquant_gpu.reference import Findings, ggml
 from arrowquant_gpu.schemes import Scheme
 
-from . import cases, golden
+from . import cases
 from .bitwise import assert_bitwise_equal
 from .test_backends import BACKENDS, PATTERNS, dequantize, quantize
 
@@ -370,30 +370,3 @@ def test_decoded_weights_are_near(scheme: Scheme) -> None:
     error = reference.dequantize(packed, scales, zeros, scheme, 1024) - x
     bound = {2: 0.2, 4: 0.12, 5: 0.06, 8: 0.008, 16: 0.003}[scheme.bits]
     assert np.sqrt((error**2).mean() / (x**2).mean()) < bound
-
-
-@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
-def test_golden_files(scheme: Scheme) -> None:
-    """The bytes of today are the bytes of tomorrow."""
-    saved = golden.load(scheme)
-    length = saved["x"].shape[1]
-    packed, scales, _, _ = reference.quantize(saved["x"], scheme)
-    assert_bitwise_equal(packed, saved["packed"], "packed")
-    decoded = reference.dequantize(saved["packed"], scales, None, scheme, length)
-    assert_bitwise_equal(decoded, saved["decoded"], "decoded")
-
-
-def write_golden() -> None:
-    """`python -m tests.test_ggml` writes the golden files of this family."""
-    for scheme in SCHEMES:
-        fit = [c for c in CONTENTS if c not in ("wild", "largest", "near_powers")]
-        x = np.concatenate([make(c, (1, 64), "float32") for c in fit])
-        packed, scales, zeros, findings = reference.quantize(x, scheme)
-        if findings != Findings():
-            raise SystemExit(f"{scheme}: {findings}")
-        decoded = reference.dequantize(packed, scales, zeros, scheme, x.shape[1])
-        np.savez(golden.GOLDEN / f"{scheme.id}.npz", x=x, packed=packed, decoded=decoded)
-
-
-if __name__ == "__main__":
-    write_golden()
