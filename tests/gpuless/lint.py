@@ -18,7 +18,11 @@ _QUOTIENT = (
     "fma(neg(mul(x, r)), s, x)",  # the residual of the quotient x * r, r = RN(1 / s)
     "fma(fma(neg(mul(x, r)), s, x), r, mul(x, r))",  # the quotient corrected by it
 )
-LISTED_FMA: dict[str, tuple[str, ...]] = {"quantize": _QUOTIENT, "quantize_affine": _QUOTIENT}
+LISTED_FMA: dict[str, tuple[str, ...]] = {
+    "quantize": _QUOTIENT,
+    "quantize_affine": _QUOTIENT,
+    "quantize_floats": _QUOTIENT,
+}
 
 # Without a rounding modifier the assembler is free to contract these.
 ROUNDED = ("add", "sub", "mul", "div", "rcp", "sqrt", "fma", "mad")
