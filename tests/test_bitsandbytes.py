@@ -141,6 +141,25 @@ def test_pieces_in_any_order_make_the_same_file(
     assert sum(t.nbytes for t in load(tmp_path / "one").values()) == sink.n_bytes(entry)
 
 
+def test_a_run_that_is_resumed_writes_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `finish` quantized before the interruption stays, and the rest is quantized after it."""
+    monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 8192)
+    source = model(tmp_path / "m", {f"{i}.weight": weights_of((64, 128)) for i in range(4)})
+    how = {"format": "bitsandbytes", "format_options": DOUBLE}
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done >= 3 * total // 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", "nf4_g64", progress=stop, threads=1, **how)
+    assert not (tmp_path / "out").exists()
+    quantize(source, tmp_path / "out", "nf4_g64", resume=True, **how)
+    quantize(source, tmp_path / "whole", "nf4_g64", **how)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert files[0] == files[1]
+
+
 # Scales that are quantized.
 
 
@@ -259,6 +278,24 @@ def test_what_it_cannot_carry(
 @pytest.fixture
 def four_bits(tmp_path: Path) -> Path:
     return write(tmp_path, weights_of((8, 128)), "nf4_g64", **DOUBLE)
+
+
+def test_files_of_other_writers(tmp_path: Path) -> None:
+    """Codes that are stored as float32, JSON that is not padded, no record, no weight_format."""
+    target = write(tmp_path, weights_of((8, 128)), "nf4_g64")
+    block = next(BitsAndBytesCheckpoint(target).blocks("a.weight"))[1]
+    packed, scales = block.packed.copy(), block.scales.copy()
+
+    def change(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+        del config["arrowquant"]
+        tensors["a.weight"] = tensors["a.weight"].reshape(-1, 4).view(np.float32)
+        state = json.dumps(state_of(tensors, "nf4"), separators=(",", ":"))
+        tensors["a.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(state.encode(), np.uint8)
+
+    rewrite(target, change)
+    after = next(BitsAndBytesCheckpoint(target).blocks("a.weight"))[1]
+    assert_bitwise_equal(after.packed, packed)
+    assert_bitwise_equal(after.scales, scales)
 
 
 def _state(**values: Any) -> Any:
@@ -442,6 +479,34 @@ def test_bitsandbytes_decodes_what_dequantize_does(tmp_path: Path, grid: str, op
     assert isinstance(block, QuantizedTensor)
     want = reference.dequantize(block.packed, block.scales, None, block.scheme, 192)
     assert_bitwise_equal(functional.dequantize_4bit(parts["a.weight"], state).numpy(), want)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grid", ["nf4", "fp4"])
+@pytest.mark.parametrize("is_double", [False, True])
+def test_what_a_layer_of_bitsandbytes_saves_is_read(tmp_path: Path, grid: str, is_double: bool) -> None:
+    from bitsandbytes import functional, nn
+
+    weights = weights_of((64, 192), "bfloat16")
+    layer = nn.Linear4bit(192, 64, bias=False)
+    layer.weight = nn.Params4bit(torch_tensor(weights), False, compress_statistics=is_double, quant_type=grid)
+    layer = layer.to("cpu")
+    tensors = {f"a.{k}": v.numpy() for k, v in layer.state_dict().items()}
+    target = model(tmp_path / "m", tensors, {"quantization_config": {"quant_method": "bitsandbytes"}})
+    checkpoint = BitsAndBytesCheckpoint(target)
+    assert checkpoint.entries["a.weight"].info.dtype == "bfloat16"
+    ((_, block),) = checkpoint.blocks("a.weight")
+    assert isinstance(block, QuantizedTensor)
+    got = reference.dequantize(block.packed, block.scales, None, block.scheme, 192, "bfloat16")
+    want = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert_bitwise_equal(got.view(np.int16), want.view(_int16()).numpy())
+
+
+def _int16() -> Any:
+    import torch
+
+    return torch.int16
 
 
 @pytest.mark.interop
