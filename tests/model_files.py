@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.formats import Codes, Entry, Sink
 from arrowquant_gpu.formats.output import Output
@@ -101,3 +103,41 @@ def torch_tensor(x: np.ndarray) -> Any:
 
     bits = {1: np.uint8, 2: np.int16, 4: np.int32}[x.itemsize]
     return torch.from_numpy(np.ascontiguousarray(x).view(bits).copy()).view(getattr(torch, x.dtype.name))
+
+
+def decoded_by(reader: Any, name: str, dtype: str) -> np.ndarray:
+    """The rows that a reader gives, decoded by the reference."""
+    rows, found = 0, []
+    for row, q in reader.blocks(name):
+        assert row == rows
+        found.append(reference.dequantize(q.packed, q.scales, q.zeros, q.scheme, q.shape[1], dtype))
+        rows += len(q.packed)
+    return np.concatenate(found)
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy of a quantized model, to change."""
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def logits(folder: Path, dtype: str, weights: dict[str, np.ndarray] | None = None) -> Any:
+    """What transformers makes of a model on a few tokens; of a float model also with other weights in it. No tensor may
+    be missing or left over."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        state = found.eval().state_dict()
+        for name, values in (weights or {}).items():
+            state[name].copy_(torch_tensor(values))
+        with torch.no_grad():
+            out = found(torch.tensor([[1, 5, 77, 140, 23, 8, 9, 100, 2, 17]])).logits.float()
+    assert not any(info.values()), info
+    return out

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, WEIGHT_DTYPES
@@ -99,7 +100,9 @@ class PackedSafetensorsCheckpoint(StoredModel):
         """See `StoredModel`."""
         name = entry.info.name
         views = {part: self.view(self.headers[part]) for part in stored_tensors(entry.info, scheme)}
-        scales = views.get(f"{name}.scales", views[f"{name}.packed"][:, :0])
+        scales = views.get(f"{name}.scales")
+        if scales is None:
+            scales = np.zeros(scheme.scales_shape(entry.info.shape), DTYPES[scheme.scale_storage].numpy)
         yield from row_parts.blocks(views[f"{name}.packed"], scales, views.get(f"{name}.zeros"), entry.info, scheme)
 
     def _entry(self, name: str, text: str) -> Entry:
