@@ -52,6 +52,8 @@ _SPECIAL |= {"mask": "mask"}
 # A score below that of every merge: SentencePiece never makes such a piece of two others.
 _NEVER = -1e6
 MAX_BYTES = 100_000_000
+# Kinds of SentencePiece models; the first is what a file means that does not say.
+_UNIGRAM, _BPE = 1, 2
 
 
 class Vocabulary(NamedTuple):
@@ -142,14 +144,14 @@ def _from_json(file: Path, described: dict[str, Any]) -> Vocabulary:
     kind = model.get("type") or ("WordPiece" if "continuing_subword_prefix" in model else "BPE")
     if kind not in ("BPE", "WordPiece") or not isinstance(vocab, dict):
         raise FormatError(f"{file}: a tokenizer of type {kind}; llama.cpp is told of BPE and WordPiece")
-    added = described.get("added_tokens") or []
+    added, merged = _listed(file, described, "added_tokens"), _listed(file, model, "merges")
     if not all(isinstance(i, int) and 0 <= i < 1 << 24 for i in vocab.values()) or not all(map(_is_added, added)):
         raise SourceError(f"{file}: tokens without a number")
     tokens = {i: (text, NORMAL) for text, i in vocab.items()}
     later = {t["id"]: (t["content"], CONTROL if t.get("special") else USER_DEFINED) for t in added}
     if kind == "WordPiece":
         return Vocabulary("bert", tokens | later, {}, [], _normalizer(described))
-    pairs = [_pair(file, merge) for merge in model.get("merges") or []]
+    pairs = [_pair(file, merge) for merge in merged]
     if not model.get("byte_fallback"):
         merges = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
         return Vocabulary("gpt2", tokens | later, {}, merges, {})
@@ -160,6 +162,14 @@ def _from_json(file: Path, described: dict[str, Any]) -> Vocabulary:
     later = {i: row for i, row in later.items() if tokens.get(i, ("", NORMAL))[1] != UNKNOWN}
     only_added = {i: 0.0 for i in later if i not in tokens}
     return Vocabulary("llama", tokens | later, scores | only_added, [], _spaces(described))
+
+
+def _listed(file: Path, part: Mapping[str, Any], name: str) -> list[Any]:
+    """A list that need not be there."""
+    found = part.get(name) or []
+    if not isinstance(found, list):
+        raise SourceError(f"{file}: {name} is no list")
+    return found
 
 
 def _is_added(token: Any) -> bool:
@@ -288,7 +298,8 @@ def _from_sentencepiece(file: Path) -> Vocabulary:
     """The pieces of a tokenizer.model."""
     tokens: dict[int, tuple[str, int]] = {}
     scores: dict[int, float] = {}
-    is_prepended = True
+    is_prepended: bytes | int | float = True
+    kind_of_model: bytes | int | float = _UNIGRAM
     try:
         for field, value in _fields(_bytes(file)):
             if field == 1 and isinstance(value, bytes):
@@ -298,15 +309,19 @@ def _from_sentencepiece(file: Path) -> Vocabulary:
                     raise ValueError(f"piece {len(tokens)} is damaged")
                 scores[len(tokens)] = float(piece.get(2, 0.0))
                 tokens[len(tokens)] = text.decode(), int(kind)
-            elif field == 2 and isinstance(value, bytes) and dict(_fields(value)).get(3, 1) != 2:
-                raise FormatError(f"{file}: a unigram tokenizer; llama.cpp is told of BPE")
+            elif field == 2 and isinstance(value, bytes):
+                kind_of_model = dict(_fields(value)).get(3, kind_of_model)
             elif field == 3 and isinstance(value, bytes):
-                is_prepended = bool(dict(_fields(value)).get(3, 1))
+                is_prepended = dict(_fields(value)).get(3, 1)
     except (ValueError, TypeError, OverflowError) as e:
         raise SourceError(f"{file}: no tokenizer of SentencePiece: {e}") from e
     if not tokens:
         raise SourceError(f"{file}: no tokenizer of SentencePiece: it has no pieces")
-    return Vocabulary("llama", tokens, scores, [], {"tokenizer.ggml.add_space_prefix": is_prepended})
+    if kind_of_model != _BPE:
+        raise FormatError(
+            f"{file}: a tokenizer of type {kind_of_model!r}, as unigram is {_UNIGRAM}; llama.cpp is told of BPE"
+        )
+    return Vocabulary("llama", tokens, scores, [], {"tokenizer.ggml.add_space_prefix": bool(is_prepended)})
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int | float]]:
