@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowquant_gpu.backends import nvrtc, variants
+from arrowquant_gpu.backends import launches, nvrtc, variants
 from arrowquant_gpu.errors import DeviceError
 
 from . import registers
@@ -195,7 +195,7 @@ def test_the_kernels_of_an_installed_package_come_first(tmp_path: Path, monkeypa
 
 
 def test_variants_are_distinct_and_have_sources() -> None:
-    every = list(variants.every())
+    every = [*variants.every(), *launches.every()]
     assert len(set(every)) == len(every)
     assert {v.source for v in every} == {p.stem for p in nvrtc.kernel_dir().glob("*.cu")}
 
