@@ -392,7 +392,8 @@ def scratch(context: Any, n_bytes: Any) -> Any:
     """The address of so many bytes (a literal) on the stack."""
 
     def code(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return b.ptrtoint(cgutils.alloca_once(b, ir.ArrayType(_I8, n_bytes.literal_value)), _I64)
+        with b.goto_entry_block():  # not Numba's alloca_once: LLVM takes apart its store of zeros, byte by byte
+            return b.ptrtoint(b.alloca(ir.ArrayType(_I8, n_bytes.literal_value)), _I64)
 
     return types.int64(n_bytes), code
 

@@ -200,7 +200,8 @@ def _times(step: Floats, codes: NDArray[Any], offset: int) -> Floats:
 def _decode_q2_k(blocks: Bytes) -> Floats:
     packed, planes, d, dmin = np.split(blocks, [16, 80, 82], axis=1)
     step, minimum = _loaded(d) * (packed & 15).astype(F32), _loaded(dmin) * (packed >> 4).astype(F32)
-    return _times(step, split_planes(planes, 32, 2), 0) - minimum[..., None]
+    weights: Floats = _times(step, split_planes(planes, 32, 2), 0) - minimum[..., None]
+    return weights
 
 
 def _decode_q3_k(blocks: Bytes) -> Floats:
@@ -222,7 +223,8 @@ def _decode_q5_k(blocks: Bytes) -> Floats:
 def _decode_with_minima(d: Bytes, dmin: Bytes, packed: Bytes, codes: NDArray[Any]) -> Floats:
     scales, minima = split_scales_and_minima(packed)
     step, minimum = _loaded(d) * scales.astype(F32), _loaded(dmin) * minima.astype(F32)
-    return _times(step, codes, 0) - minimum[..., None]
+    weights: Floats = _times(step, codes, 0) - minimum[..., None]
+    return weights
 
 
 def _decode_q6_k(blocks: Bytes) -> Floats:
