@@ -499,6 +499,15 @@ def test_files_of_others(tmp_path: Path) -> None:
     assert_bitwise_equal(decoded(found, "half"), x.astype(np.float16))
 
 
+@pytest.mark.parametrize("scale", ["a.scale", "a.weight.scale"])
+def test_global_scales_of_others_are_refused(tmp_path: Path, scale: str) -> None:
+    file = tmp_path / "a.gguf"
+    tensors = {"a.weight": Tensor(40, (1, 64), bytes(36)), scale: Tensor(F32, (1,), bytes(4))}
+    file.write_bytes(other(tensors))
+    with pytest.raises(SourceError, match=f"a.weight has a global scale, {scale}, which cannot be read"):
+        GgufCheckpoint(file)
+
+
 RECORD = {"name": "blk.0.attn_q.weight", "heads": 4, "dtype": "bfloat16", "quantized": True}
 STACK = {"name": "stack", "expert": 1, "dtype": "float32", "quantized": True}
 

@@ -16,7 +16,7 @@ from ..errors import SourceError
 from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo
-from .gguf_file import BY_DTYPE, GgufTensor, Value, read_header
+from .gguf_file import BY_DTYPE, TYPES, GgufTensor, Value, read_header
 from .gguf_homes import RECORD, Home, unpermuted
 
 _BLOCK_BYTES = 16 << 20
@@ -51,7 +51,7 @@ class GgufCheckpoint:
         self._homes: dict[str, tuple[GgufTensor, Home]] = {}
         self.provenance: dict[str, str] = {}
         if record is None:
-            self.entries = {name: self._other(t) for name, t in header.tensors.items()}
+            self.entries = {name: self._other(t, header.tensors) for name, t in header.tensors.items()}
         else:
             self.metadata = {k: str(v) for k, v in (self._object(own.pop("metadata", "{}"), "metadata") or {}).items()}
             self.config = self._object(own.pop("config", "null"), "config")
@@ -95,7 +95,7 @@ class GgufCheckpoint:
             values = values - np.float32(home.add)
         return values.astype(dtype, copy=False)
 
-    def _other(self, tensor: GgufTensor) -> Entry:
+    def _other(self, tensor: GgufTensor, tensors: Mapping[str, GgufTensor]) -> Entry:
         """A tensor of a file that another program wrote."""
         kind = tensor.type
         scheme = None if kind.dtype is not None or kind.scheme is None else Scheme.parse(kind.scheme)
@@ -105,6 +105,9 @@ class GgufCheckpoint:
         if isinstance(said, np.ndarray) and math.prod(said.tolist()) == math.prod(shape) and (said > 0).all():
             shape = tuple(said.tolist()) if scheme is None else shape
         self._homes[tensor.name] = tensor, Home(tensor.name)
+        beside = {f"{tensor.name.removesuffix('.weight')}.scale", f"{tensor.name}.scale"} & tensors.keys()
+        if kind is TYPES["NVFP4"] and beside:
+            raise SourceError(f"{self.path}: {tensor.name} has a global scale, {min(beside)}, which cannot be read")
         return self._entry(tensor.name, kind.dtype or "float32", shape, tensor, scheme, "")
 
     def _own(self, name: str, row: Any, tensors: Mapping[str, GgufTensor]) -> Entry:
