@@ -21,12 +21,13 @@ from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.compressed_tensors import CompressedTensorsCheckpoint
 from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink
 from arrowquant_gpu.formats.output import Output
+from arrowquant_gpu.pipeline import quantize_checkpoint
 from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
 from .bitwise import assert_bitwise_equal
-from .fixtures import tiny_llama
-from .model_files import load, model, quantize, rewrite, torch_tensor, written_in
+from .fixtures import tiny_llama, write_safetensors
+from .model_files import copied, decoded_by, load, logits, model, quantize, rewrite, torch_tensor, written_in
 
 RNG = np.random.default_rng(20261122)
 DYNAMIC = {"format_options": {"activations": "dynamic"}}
@@ -241,36 +242,49 @@ def test_an_explicit_rule_for_exponents_is_kept(tmp_path: Path) -> None:
     assert sink_of(tmp_path).scheme_for(info_of((64, 128)), Scheme.parse("mxfp4_ceil")).id == "mxfp4_ceil"
 
 
+BF16, EXPERT = "bfloat16", "layers.0.experts.3.up.weight"
+JOINS = "transformers joins the experts of a layer"
+
+
 @pytest.mark.parametrize(
-    ("scheme", "shape", "dtype", "engines"),
+    ("scheme", "shape", "dtype", "name", "engines"),
     [
-        ("int4_g128", (64, 128), "bfloat16", []),
-        ("int8_channel", (64, 128), "float32", []),
-        ("e4m3_channel", (5, 128), "float32", []),
-        ("nvfp4", (5, 128), "bfloat16", []),
-        ("int2_g128", (64, 128), "bfloat16", ["vLLM and SGLang have packed weights of 4 and 8 bits"]),
-        ("int4_g16", (64, 128), "bfloat16", ["vLLM has kernels for groups of 32, 64, 128"]),
-        ("int4_g128", (60, 128), "bfloat16", ["vLLM before it padded"]),
-        ("int4_g32", (64, 96), "bfloat16", ["vLLM before it padded"]),
-        ("int4_g128_asym", (64, 128), "bfloat16", ["transformers with compressed-tensors 0.18 to 0.20"]),
-        ("nvfp4", (64, 128), "float32", ["transformers decodes 1 tensors"]),
-        ("mxfp8_round", (64, 128), "float16", ["transformers decodes 1 tensors"]),
+        ("int4_g128", (64, 128), BF16, "a.weight", []),
+        ("int4_g128", (64, 128), BF16, EXPERT, []),
+        ("int8_channel", (64, 128), "float32", "a.weight", []),
+        ("e4m3_channel", (5, 128), "float32", EXPERT, []),
+        ("nvfp4", (5, 128), BF16, "a.weight", []),
+        ("mxfp4_round", (5, 128), BF16, EXPERT, []),
+        ("int2_g128", (64, 128), BF16, "a.weight", ["vLLM and SGLang have packed weights of 4 and 8 bits"]),
+        ("int4_g16", (64, 128), BF16, "a.weight", ["vLLM has kernels for groups of 32, 64, 128"]),
+        ("int4_g128", (60, 128), BF16, "a.weight", ["vLLM before it padded"]),
+        ("int4_g32", (64, 96), BF16, "a.weight", ["vLLM before it padded"]),
+        ("int4_g128_asym", (64, 128), BF16, "a.weight", ["transformers with compressed-tensors 0.18 to 0.20"]),
+        ("int4_g128_asym", (64, 128), BF16, EXPERT, ["transformers with compressed-tensors", f"{JOINS}, and refuses"]),
+        ("nvfp4", (64, 128), "float32", "a.weight", ["transformers decodes 1 tensors"]),
+        ("nvfp4", (64, 128), BF16, EXPERT, [f"{JOINS} without their global scales"]),
+        ("mxfp8_round", (64, 128), "float16", "a.weight", ["transformers decodes 1 tensors"]),
+        ("mxfp8_round", (64, 128), BF16, EXPERT, [f"{JOINS}, and refuses"]),
     ],
 )
 def test_rules_of_engines_are_warnings(
-    tmp_path: Path, scheme: str, shape: tuple[int, int], dtype: str, engines: list[str]
+    tmp_path: Path, scheme: str, shape: tuple[int, int], dtype: str, name: str, engines: list[str]
 ) -> None:
-    entry = Entry(info_of(shape, dtype), Scheme.parse(scheme), "")
-    found = sink_of(tmp_path).warnings([entry, Entry(info_of(shape, dtype), None, "")])
+    info = TensorInfo(name, dtype, shape, Path("m"), 0, 0)
+    found = sink_of(tmp_path).warnings([Entry(info, Scheme.parse(scheme), ""), Entry(info, None, "")])
     assert len(found) == len(engines), found
     for warning, words in zip(found, engines, strict=True):
         assert warning.startswith(words)
-        assert "1 tensors (first: a.weight)" in warning
+        assert f"1 tensors (first: {name})" in warning
 
 
 def test_what_is_not_packed_has_no_rule_of_packed_weights(tmp_path: Path) -> None:
     entry = Entry(info_of((60, 100)), Scheme.parse("int8_channel"), "")
-    assert sink_of(tmp_path, activations="dynamic").warnings([entry]) == []
+    sink = sink_of(tmp_path, activations="dynamic")
+    assert sink.warnings([entry]) == []
+    expert = Entry(TensorInfo(EXPERT, BF16, (64, 128), Path("m"), 0, 0), Scheme.parse("int8_channel"), "")
+    (warning,) = sink.warnings([entry, expert])
+    assert warning.startswith(f"{JOINS}, and refuses those of int-quantized as 1 tensors")
 
 
 # Reading what is not right.
@@ -513,3 +527,44 @@ def test_transformers_gives_the_logits_of_the_decoded_weights(
     # Activations of 8 bits are another model, whose weights the compressor's test holds.
     rounds_activations = mode == "default" and (options or scheme == "e4m3_b128")
     assert off <= (0.1 if rounds_activations else 0.02 if scheme == "nvfp4" else 1e-6), off
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize(
+    ("scheme", "options", "dtype", "loads"),
+    [
+        ("int4_g32", {}, "float32", "right"),
+        ("e4m3_channel", {}, "float32", "right"),
+        ("mxfp4", {}, "bfloat16", "right"),
+        ("nvfp4", {}, "bfloat16", "wrong"),
+        ("mxfp8", {}, "bfloat16", "refused"),
+        ("int4_g32_asym", {}, "float32", "refused"),
+        ("int8_channel", DYNAMIC, "float32", "refused"),
+    ],
+)
+def test_experts_load_but_where_a_warning_says_otherwise(
+    tmp_path: Path, scheme: str, options: dict[str, Any], dtype: str, loads: str
+) -> None:
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 300}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        MixtralForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "source")
+    target = tmp_path / "out"
+    plan = quantize_checkpoint(tmp_path / "source", target, scheme, device="reference", **options).plan
+    assert any(warning.startswith(JOINS) for warning in plan.warnings) == (loads != "right")
+    if loads == "refused":
+        with pytest.raises(RuntimeError, match="conversion"):
+            logits(target, dtype)
+        return
+    reader = CompressedTensorsCheckpoint(target)
+    float_model = copied(tmp_path / "source", tmp_path / "decoded")
+    decoded_weights = {n: decoded_by(reader, n, dtype) for n, e in reader.entries.items() if e.scheme}
+    write_safetensors(float_model / "model.safetensors", load(float_model) | decoded_weights, {"format": "pt"})
+    want, got = logits(float_model, dtype), logits(target, dtype)
+    off = float((want - got).abs().max() / want.abs().max())
+    assert off < 1e-6 if loads == "right" else off > 0.5, off

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,28 +33,13 @@ from .pieces import Cut, Piece
 MARLIN_GROUPS = (32, 64, 128)
 
 
-def _is_packed(scheme: Scheme) -> bool:
-    return scheme.grid == "int"
+def _is_expert(info: TensorInfo) -> bool:
+    """Whether it is one of the experts of a layer, which transformers has in one tensor together."""
+    return re.search(r"\bexperts\.\d+\.", info.name) is not None
 
 
+# Of all formats; of pack-quantized alone; of int-quantized alone.
 RULES = (
-    Rule(
-        "vLLM and SGLang",
-        "have packed weights of 4 and 8 bits only; {what} would not load there.",
-        lambda info, scheme: _is_packed(scheme) and scheme.bits == 2,
-    ),
-    Rule(
-        "vLLM",
-        f"has kernels for groups of {', '.join(map(str, MARLIN_GROUPS))} and for channels only; {{what}} would not "
-        "load there.",
-        lambda info, scheme: scheme.grid == "int" and scheme.group_size not in (None, *MARLIN_GROUPS),
-    ),
-    Rule(
-        "vLLM",
-        "before it padded weights wants rows that are a multiple of 128 long and a number of rows that is one of 64, "
-        "in each part of tensor parallelism; that is not so for {what}.",
-        lambda info, scheme: _is_packed(scheme) and (info.shape[1] % 128 > 0 or info.shape[0] % 64 > 0),
-    ),
     Rule(
         "transformers",
         "with compressed-tensors 0.18 to 0.20 loads zero points only with CompressedTensorsConfig(dequantize=True); "
@@ -65,6 +51,43 @@ RULES = (
         "decodes {what} to bfloat16: load the model with dtype bfloat16, or with "
         "CompressedTensorsConfig(dequantize=True).",
         lambda info, scheme: scheme.scale_dtype not in SCALE_SUFFIXES and info.dtype != "bfloat16",
+    ),
+    Rule(
+        "transformers",
+        "joins the experts of a layer without their global scales and misreads {what}; use --ignore 'experts', or "
+        "another scheme for them.",
+        lambda info, scheme: _is_expert(info) and scheme.scale_rule == "global",
+    ),
+    Rule(
+        "transformers",
+        "joins the experts of a layer, and refuses {what}; use --ignore 'experts', or another scheme for them.",
+        lambda info, scheme: _is_expert(info) and (not scheme.symmetric or scheme.id in ("mxfp8_round", "mxfp8_ceil")),
+    ),
+)
+PACKED_RULES = (
+    Rule(
+        "vLLM and SGLang",
+        "have packed weights of 4 and 8 bits only; {what} would not load there.",
+        lambda info, scheme: scheme.grid == "int" and scheme.bits == 2,
+    ),
+    Rule(
+        "vLLM",
+        f"has kernels for groups of {', '.join(map(str, MARLIN_GROUPS))} and for channels only; {{what}} would not "
+        "load there.",
+        lambda info, scheme: scheme.grid == "int" and scheme.group_size not in (None, *MARLIN_GROUPS),
+    ),
+    Rule(
+        "vLLM",
+        "before it padded weights wants rows that are a multiple of 128 long and a number of rows that is one of 64, "
+        "in each part of tensor parallelism; that is not so for {what}.",
+        lambda info, scheme: scheme.grid == "int" and (info.shape[1] % 128 > 0 or info.shape[0] % 64 > 0),
+    ),
+)
+INT_RULES = (
+    Rule(
+        "transformers",
+        "joins the experts of a layer, and refuses those of int-quantized as {what} are; use --ignore 'experts'.",
+        lambda info, scheme: scheme.grid == "int" and _is_expert(info),
     ),
 )
 
@@ -105,7 +128,7 @@ class CompressedTensorsSink(ModelSink):
 
     def warnings(self, entries: Sequence[Entry]) -> list[str]:
         """What engines refuse or misread of these, though the format has it: a sentence for each broken rule."""
-        return broken(RULES if self.activations == "none" else RULES[3:], entries)
+        return broken((*RULES, *(PACKED_RULES if self.activations == "none" else INT_RULES)), entries)
 
     def tensors(self, entry: Entry) -> Stored:
         """See `ModelSink`."""
