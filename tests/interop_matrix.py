@@ -43,7 +43,8 @@ CT = "compressed-tensors"
 # those of GPTQ, AWQ and bitsandbytes not. Asymmetric weights it takes only if it decodes them while it loads.
 CT_ALL = ("transformers", "transformers-dequantize", CT)
 CT_DECODED = ("transformers-dequantize", CT)
-CT_DYNAMIC = ("transformers-dequantize", "transformers-8-bit-activations", CT)
+CT_INT8 = ("transformers-dequantize", "transformers-int8-activations", CT)
+CT_FP8 = ("transformers-dequantize", "transformers-fp8-activations", CT)
 GPTQ, AWQ = ("transformers-gptqmodel", "gptqmodel"), ("transformers-gptqmodel-awq", "gptqmodel-awq")
 BNB, INT8 = ("transformers-bitsandbytes", "bitsandbytes"), ("transformers-llm.int8", "bitsandbytes")
 MLX = ("mlx_lm", "mlx")
@@ -65,10 +66,10 @@ ROWS: tuple[Row, ...] = (
     Row(CT, "int8_g128", CT_ALL),
     Row(CT, "int8_channel", CT_ALL, encoder=CT_ALL),
     Row(CT, "int2_g64", CT_ALL),
-    Row(CT, "int8_channel", CT_DYNAMIC, experts=(CT,), options=DYNAMIC),
+    Row(CT, "int8_channel", CT_INT8, experts=(CT,), options=DYNAMIC),
     Row(CT, "e4m3_tensor", CT_ALL),
     Row(CT, "e4m3_channel", CT_ALL, encoder=CT_ALL),
-    Row(CT, "e4m3_channel", CT_DYNAMIC, experts=(CT,), options=DYNAMIC),
+    Row(CT, "e4m3_channel", CT_FP8, experts=(CT,), options=DYNAMIC),
     Row(CT, "e4m3_b128", CT_DECODED, experts=(CT,)),
     Row(CT, "nvfp4", CT_ALL, experts=(CT,), encoder=CT_ALL, **HALF),
     Row(CT, "mxfp4", CT_ALL, encoder=CT_ALL, **HALF),

@@ -24,7 +24,7 @@ from arrowquant_gpu.pipeline.dequantize import dequantize_checkpoint
 from . import damaged_checkpoints as damage
 from .interop_matrix import ENCODER, LANGUAGE, MIXTURE, ROWS, Row
 from .minilm import model_dir
-from .real_loaders import LOADERS, llama_cpp, reference
+from .real_loaders import LOADERS, decoders, llama_cpp, reference
 from .real_loaders.inputs import TEXTS
 from .tiny_models import MODELS
 
@@ -99,21 +99,22 @@ def write(row: Row, model: str, source: Path, written: Path, decoded: Path) -> N
 
 @pytest.fixture(scope="module")
 def written(source: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Written]:
-    """A case of the matrix, written and decoded; the last one is kept, since the tests of a case follow each other."""
-    last: dict[Case, tuple[Written, Path]] = {}
+    """A case of the matrix, written and decoded. Those of the command line are kept, and otherwise the last one: the
+    tests of a case follow each other."""
+    kept: dict[Case, Written] = {}
 
     def get(case: Case) -> Written:
-        if case not in last:
-            while last:
-                shutil.rmtree(last.popitem()[1][1])
+        if case not in kept:
+            for old in kept.keys() - BY_COMMAND:
+                shutil.rmtree(kept.pop(old).path.parent)
             row, model = case
             folder, origin, suffix = tmp_path_factory.mktemp("written"), source(model, row.source), ""
             if row.format in FILE_SUFFIXES:
                 suffix = FILE_SUFFIXES[row.format]
             path, decoded = folder / f"quantized{suffix}", folder / ("decoded.safetensors" if suffix else "decoded")
             write(row, model, origin, path, decoded)
-            last[case] = Written(row, path, origin, reference(decoded, origin, row.dtype)), folder
-        return last[case][0]
+            kept[case] = Written(row, path, origin, reference(decoded, origin, row.dtype))
+        return kept[case]
 
     return get
 
@@ -202,3 +203,15 @@ def test_the_tokenizer_in_a_gguf_file_reads_as_the_one_of_the_model(
     texts = [*TEXTS, "  two  spaces\n\tand 12345 ünïcode 日本 it's"]
     tokenizer = AutoTokenizer.from_pretrained(file.model)
     assert llama_cpp.token_ids(file.path, texts) == [tokenizer(text)["input_ids"] for text in texts]
+
+
+def test_a_weight_that_is_missing_is_noticed(source: Callable[[str, str], Path]) -> None:
+    from safetensors.torch import load_file
+
+    model = source("llama", "float32")
+    tensors = load_file(model / "model.safetensors")
+    assert decoders.run(tensors, model, "float32").shape == (1, 16, 512)
+    with pytest.raises(AssertionError, match=r"missing_keys.*model\.norm\.weight"):
+        decoders.run({n: t for n, t in tensors.items() if n != "model.norm.weight"}, model, "float32")
+    with pytest.raises(AssertionError, match=r"unexpected_keys.*model\.norm\.extra"):
+        decoders.run(tensors | {"model.norm.extra": tensors["model.norm.weight"].clone()}, model, "float32")

@@ -36,10 +36,12 @@ def _llama_cpp(written: Path, model: Path, dtype: str) -> np.ndarray:
     return llama_cpp.embeddings(written) if is_encoder(model) else llama_cpp.logits(written)
 
 
-# llama.cpp and LLM.int8 quantize the activations too, to 8 bits; gptqmodel multiplies in float16.
+# llama.cpp and LLM.int8 quantize the activations too, to 8 bits, as do models of compressed-tensors that say so; those
+# of FP8 have 3 bits after the point. gptqmodel multiplies in float16.
 LOADERS: Mapping[str, Loader] = {
     "transformers": Loader(_transformers(transformers_models.plain), 0.0),
-    "transformers-8-bit-activations": Loader(_transformers(transformers_models.plain), 6e-2),
+    "transformers-int8-activations": Loader(_transformers(transformers_models.plain), 6e-2),
+    "transformers-fp8-activations": Loader(_transformers(transformers_models.plain), 0.15),
     "transformers-dequantize": Loader(_transformers(transformers_models.decompressed), 0.0),
     "transformers-gptqmodel": Loader(_transformers(transformers_models.gptq), 3e-3),
     "transformers-gptqmodel-awq": Loader(_transformers(transformers_models.awq), 3e-3),
