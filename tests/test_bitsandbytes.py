@@ -22,6 +22,7 @@ from arrowquant_gpu.formats.bitsandbytes_checkpoint import BitsAndBytesCheckpoin
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.quantized import open_quantized
+from arrowquant_gpu.pipeline.verify import verify_checkpoint
 from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
@@ -158,6 +159,20 @@ def test_a_run_that_is_resumed_writes_the_same_file(tmp_path: Path, monkeypatch:
     quantize(source, tmp_path / "whole", "nf4_g64", **how)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
     assert files[0] == files[1]
+
+
+def test_verify_knows_scales_that_are_quantized(tmp_path: Path) -> None:
+    """Codes must be those of the original; a scale may be off as far as 8 bits take it."""
+    target = write(tmp_path, weights_of((16, 128)), "nf4_g64", **DOUBLE)
+    assert verify_checkpoint(target, tmp_path / "m", device="reference").table["problem"].to_pylist() == [None]
+
+    def change(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+        tensors["a.weight"] = tensors["a.weight"].copy()
+        tensors["a.weight"][5] ^= 0x10
+
+    rewrite(target, change)
+    (problem,) = verify_checkpoint(target, tmp_path / "m", device="reference").table["problem"].to_pylist()
+    assert problem == "row 0 is not what nf4_g64 makes of the original"
 
 
 # Scales that are quantized.

@@ -45,6 +45,8 @@ class BitsAndBytesCheckpoint(StoredModel):
                 weight = f"{name.removesuffix('.SCB')}.weight"
                 found[weight] = self._eight_bit(weight)
                 parts |= {name, weight, f"{weight}_format"}
+        # `verify` asks: the codes were made with scales that are not in the file.
+        self.scales_are_rounded = any("nested_offset" in state for state in self._states.values())
         return self.with_kept(found, parts)
 
     def quantized_blocks(self, entry: Entry, scheme: Scheme) -> Iterator[tuple[int, QuantizedTensor]]:

@@ -321,6 +321,9 @@ class _Compare:
                 if zeros is not None and scheme.scale_rule != "global":
                     zeros = np.empty_like(zeros)
                 ops.quantize_rows(original, scheme, packed, scales, zeros, **options)
+            if getattr(self.checkpoint, "scales_are_rounded", False):
+                # The codes are judged here, which were made with the exact scales, and the scales by the cosine.
+                scales = q.scales
             ops.dequantize_rows(packed, scales, zeros, scheme, expected, **options)
         tolerance = np.float32(getattr(self.checkpoint, "scale_tolerance", 0.0))
         # What is not finite stays so.
