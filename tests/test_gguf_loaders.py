@@ -181,3 +181,65 @@ def test_a_file_that_is_wrong_computes_something_else(folder: Path, tmp_path: Pa
     wrong = Path(shutil.copy(file, tmp_path / "wrong.gguf"))
     damage(wrong)
     assert off(outputs("llama", file), want) < LLAMA_CPP < off(outputs("llama", wrong), want)
+
+
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 512, "pad_token_id": 0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+WINDOW = {"head_dim": 64, "sliding_window": 64, "query_pre_attn_scalar": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS: dict[str, dict[str, object]] = {
+    "Mistral": {},
+    "Qwen3": {"head_dim": 64},
+    "Gemma": {"head_dim": 64},
+    "Gemma2": WINDOW,
+    "Gemma3Text": WINDOW,
+    "Phi": {"num_key_value_heads": 4},
+    "Phi3": {},
+    "Qwen2Moe": {"shared_expert_intermediate_size": 256, **EXPERTS},
+    "Qwen3Moe": {"head_dim": 64, "norm_topk_prob": True, **EXPERTS},
+    "Llama": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}},
+    "Qwen2": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_in_llama_cpp(tmp_path: Path, kind: str) -> None:
+    """F16 models, which llama.cpp computes almost exactly: names, row order, norms, keys."""
+    import torch
+    import transformers
+
+    from .real_loaders import transformers_models
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | KINDS[kind]), bos_token_id=1, eos_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.normal_(0.0 if "bias" in name or "Gemma" in kind else 1.0, 0.1)
+            elif "embed" not in name:
+                p.normal_(0, p.shape[-1] ** -0.5)
+    model.save_pretrained(tmp_path / "m")
+    file, none = tmp_path / "a.gguf", {"tokenizer": "none"}
+    quantize_checkpoint(tmp_path / "m", file, "f16", format="gguf", device="reference", format_options=none)
+    assert off(outputs(kind, file), transformers_models.plain(tmp_path / "m", "float32")) < 1e-2
+
+
+def test_the_shape_that_ggml_does_not_have_is_where_comfyui_looks(tmp_path: Path) -> None:
+    import gguf
+
+    from .fixtures import random_weights, write_safetensors
+
+    shapes = {"patch_embedding.weight": (64, 16, 1, 2, 2), "blocks.0.cross_attn.q.weight": (64, 64)}
+    shapes["time_projection.1.weight"] = (64, 64)
+    source = write_safetensors(tmp_path / "m.safetensors", random_weights(shapes, "float16", 2))
+    quantize_checkpoint(source, tmp_path / "a.gguf", "q8_0", format="gguf", device="reference")
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert reader.fields["general.architecture"].contents() == "wan"
+    field = reader.get_field("comfy.gguf.orig_shape.patch_embedding.weight")
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
+    assert field.contents() == list(shapes["patch_embedding.weight"])
+    tensor = next(t for t in reader.tensors if t.name == "patch_embedding.weight")
+    want = random_weights(shapes, "float16", 2)["patch_embedding.weight"]
+    assert tensor.data.reshape(want.shape).tobytes() == want.tobytes()
