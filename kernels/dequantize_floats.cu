@@ -6,33 +6,31 @@
 #include "decoded.cuh"
 #include "floats.cuh"
 
+#if CODING == NF4
+constexpr float OF_CODE[16] = {-1.0f,         -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f,
+                               -0.091050036f, 0.0f,        0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
+                               0.44070983f,   0.562617f,   0.72295684f,  1.0f};
+#elif CODING == FP4
+constexpr float OF_CODE[16] = {
+    0.0f, 0.0625f / 12.0f,  8.0f / 12.0f,  1.0f,  4.0f / 12.0f,  6.0f / 12.0f,  2.0f / 12.0f,  3.0f / 12.0f,
+    0.0f, -0.0625f / 12.0f, -8.0f / 12.0f, -1.0f, -4.0f / 12.0f, -6.0f / 12.0f, -2.0f / 12.0f, -3.0f / 12.0f};
+#elif CODING == E2M1
+constexpr float OF_CODE[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                               -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+#endif
+
 #if BITS == 4
 // The value of each code; every lane has a copy of all, so that lookups meet in no bank.
 struct Values {
   const float (*values)[WARP];
 
-  __device__ __forceinline__ static float value_of(u32 code) {
-    constexpr u32 MAGNITUDES = CODING == FP4 ? 0x3264c810u : 0xc8643210u;
-    if (CODING == NF4) {
-      constexpr float NF4_VALUES[16] = {
-          -1.0f,      -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
-          0.0795803f, 0.1609302f,  0.2461123f,   0.33791524f, 0.44070983f,  0.562617f,    0.72295684f,   1.0f};
-      float value = 0.0f;
-#pragma unroll
-      for (u32 i = 0; i < 16; ++i)
-        if (code == i) value = NF4_VALUES[i];
-      return value;
-    }
-    const float units = __uint2float_rn(MAGNITUDES >> (4 * (code & 7)) & 15);
-    float value = __fmul_rn(units, 0.5f);
-    if (CODING == FP4) value = __fdiv_rn((code & 7) == 1 ? 0.0625f : units, 12.0f);
-    if (code < 8) return value;
-    return CODING == FP4 && code == 8 ? 0.0f : -value;
-  }
   __device__ __forceinline__ Values() {
     __shared__ float shared[16][WARP];
     values = shared;
-    for (u32 i = threadIdx.x; i < 16 * WARP; i += BLOCK) shared[i / WARP][i % WARP] = value_of(i / WARP);
+    if (threadIdx.x < WARP) {
+#pragma unroll
+      for (int code = 0; code < 16; ++code) shared[code][threadIdx.x] = OF_CODE[code];
+    }
     __syncthreads();
   }
   __device__ __forceinline__ float operator()(u32 code) const { return values[code][threadIdx.x % WARP]; }

@@ -129,7 +129,8 @@ __device__ void encode_streamed(const Streamed<IN_T>& s, u8* out, const Params& 
     u64 stream = 0;
 #pragma unroll 1
     for (int j = 0; j < m; ++j) {
-      const Params& p = i + j < border ? first : second;
+      Params p = second;
+      if (i + j < border) p = first;
       const float x = value_of<IN_T>(raw_bits(s.x[i + j]), false);
       stream |= static_cast<u64>(codes.code(p.exact(x), x) - Codes::EXCESS) << (BITS * j);
     }
