@@ -65,14 +65,15 @@ struct Staged {
   }
   __device__ __forceinline__ void word(int offset, u32 value) const { put<WIDTH>(p + offset, value); }
 
-  // 16 bytes from 32 codes below 16: code j in the low half of byte j, code j + 16 above it.
+  // 16 bytes from 32 codes below 16, which `code` gives shifted up: code j in the low half of byte j, code j + 16
+  // above.
   template <typename Code>
   __device__ __forceinline__ void nibbles(int offset, Code code) const {
 #pragma unroll
     for (int k = 0; k < 16; k += 4) {
       u32 packed = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) packed |= code(k + j) << (8 * j) | code(k + j + 16) << (8 * j + 4);
+      for (int j = 0; j < 4; ++j) packed += code(k + j, 8 * j) + code(k + j + 16, 8 * j + 4);
       word(offset + k, packed);
     }
   }
@@ -95,7 +96,7 @@ struct q8_0 : Grid {
     for (int k = 0; k < HELD; k += 4) {
       u32 packed = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) packed |= (code(__fmul_rn(w[k + j], inverse)) & 0xffu) << (8 * j);
+      for (int j = 0; j < 4; ++j) packed += (code(__fmul_rn(w[k + j], inverse)) & 0xffu) << (8 * j);
       out.word(2 + k, packed);
     }
     return fits && r.is_finite();
@@ -122,11 +123,11 @@ struct Codes {
     if constexpr (BITS == 5) {
       u32 high = 0;
 #pragma unroll
-      for (int j = 0; j < HELD; ++j) high |= (code[j] >> 4) << j;
+      for (int j = 0; j < HELD; ++j) high += (code[j] >> 4) << j;
       out.word(offset, high);
       offset += 4;
     }
-    out.nibbles(offset, [this](int j) { return code[j] & 15u; });
+    out.nibbles(offset, [this](int j, int shift) { return (code[j] & 15u) << shift; });
   }
 };
 
@@ -177,15 +178,24 @@ struct Ranged : Grid {
 struct q4_1 : Ranged<4> {};
 struct q5_1 : Ranged<5> {};
 
-// The e2m1 code of the value nearest to x / step, halfway the one nearer to 0; 0 for an infinite step.
-__device__ __forceinline__ u32 e2m1_code(float x, float step) {
-  const float m = magnitude(x);
-  const bool above3 = m > __fmul_rn(step, 3.5f);
-  const bool above = m > __fmul_rn(step, above3 ? 7.0f : 1.5f);
-  const bool last = m > __fmul_rn(step, above3 ? (above ? 10.0f : 5.0f) : (above ? 2.5f : 0.5f));
-  const u32 code = (above3 ? 4u : 0u) + (above ? 2u : 0u) + (last ? 1u : 0u);
-  return code | (code ? __float_as_uint(x) >> 28 & 8u : 0u);
-}
+// Where the code turns from one value of e2m1 to the next, times a step. An infinite step makes all codes 0.
+struct E2m1 {
+  float border[7];
+
+  __device__ __forceinline__ explicit E2m1(float step) {
+    const float middle[7] = {0.5f, 1.5f, 2.5f, 3.5f, 5.0f, 7.0f, 10.0f};
+#pragma unroll
+    for (int i = 0; i < 7; ++i) border[i] = __fmul_rn(step, middle[i]);
+  }
+  // The code of the nearest value, halfway that of the one nearer to 0, shifted up.
+  __device__ __forceinline__ u32 code(float x, int shift) const {
+    const float m = magnitude(x);
+    const bool four = m > border[3], two = m > (four ? border[5] : border[1]);
+    const bool one = m > (four ? (two ? border[6] : border[4]) : (two ? border[2] : border[0]));
+    const u32 negative = x < -border[0] ? 8u << shift : 0;
+    return negative + (four ? 4u << shift : 0) + (two ? 2u << shift : 0) + (one ? 1u << shift : 0);
+  }
+};
 
 struct ggml_mxfp4 : Grid {
   static constexpr unsigned BYTES = 17;
@@ -193,9 +203,9 @@ struct ggml_mxfp4 : Grid {
   __device__ __forceinline__ static bool encode(const Held& w, Staged<BYTES> out, int) {
     const Range r = w.range();
     const u32 e = exponent(largest_bits(r));
-    const float step = half_e8m0(e);
+    const E2m1 e2m1(half_e8m0(e));
     out.p[0] = static_cast<u8>(e);
-    out.nibbles(1, [&](int j) { return e2m1_code(w[j], step); });
+    out.nibbles(1, [&](int j, int shift) { return e2m1.code(w[j], shift); });
     return r.is_finite();
   }
 
@@ -224,7 +234,7 @@ struct ggml_nvfp4 : Grid {
       const Range r = w.range(2 * part, 2);
       is_finite &= r.is_finite();
       const u32 u = ue4m3(__fdiv_rn(__uint_as_float(largest_bits(r)), 6.0f));
-      const float step = u ? half_ue4m3(u) : __uint_as_float(INF_BITS);
+      const E2m1 e2m1(u ? half_ue4m3(u) : __uint_as_float(INF_BITS));
       const int number = 2 * (unit & 1) + part;
       block[number] = static_cast<u8>(u);
 #pragma unroll
@@ -233,7 +243,7 @@ struct ggml_nvfp4 : Grid {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int at = 16 * part + k + j;
-          packed |= e2m1_code(w[at], step) << (8 * j) | e2m1_code(w[at + 8], step) << (8 * j + 4);
+          packed += e2m1.code(w[at], 8 * j) + e2m1.code(w[at + 8], 8 * j + 4);
         }
         put<4>(block + 4 + 8 * number + k, packed);
       }
@@ -250,10 +260,11 @@ struct ggml_nvfp4 : Grid {
   }
 };
 
-// 16 scales are tried. For a try, codes are looked up by twice the quotient, rounded down: all borders are halves.
+// 16 scales are tried. For a try, values are looked up by twice the quotient, rounded down: all borders are halves. It
+// is within -269 and 268; the table is periodic, so that no index is negative.
 struct iq4_nl {
   static constexpr unsigned BYTES = 18;
-  static constexpr int MOST = 272, TRIES = 16;  // more than twice 134 and what rounding adds
+  static constexpr int PERIOD = 1024, TRIES = 16;
 
   __device__ __forceinline__ static u32 nearest(float x) {
     u32 code = 0;
@@ -264,11 +275,14 @@ struct iq4_nl {
   }
   // Values by twice the quotient.
   __device__ __forceinline__ static float* table() {
-    __shared__ float values[2 * MOST];
+    __shared__ float values[PERIOD];
     return values;
   }
   __device__ __forceinline__ static void prepare() {
-    for (int i = threadIdx.x; i < 2 * MOST; i += BLOCK) table()[i] = nl_value(nearest(__int2float_rn(i - MOST) * 0.5f));
+    for (int i = threadIdx.x; i < PERIOD; i += BLOCK) {
+      const int twice = i < PERIOD / 2 ? i : i - PERIOD;
+      table()[i] = nl_value(nearest(__fmul_rn(__int2float_rn(twice), 0.5f)));
+    }
     __syncthreads();
   }
   __device__ __forceinline__ static bool encode(const Held& w, Staged<BYTES> out, int) {
@@ -278,13 +292,13 @@ struct iq4_nl {
     if (r.is_finite() && magnitude(top) >= 1e-15f) scale = search(w, top);
     const bool fits = out.half(0, scale);
     const float inverse = scale != 0.0f ? __frcp_rn(scale) : 0.0f;
-    out.nibbles(2, [&](int j) { return nearest(__fmul_rn(w[j], inverse)); });
+    out.nibbles(2, [&](int j, int shift) { return nearest(__fmul_rn(w[j], inverse)) << shift; });
     return fits && r.is_finite();
   }
 
  private:
   __device__ __forceinline__ static float search(const Held& w, float top) {
-    const float* const values = table() + MOST;
+    const float* const values = table();
     float scale = 0.0f, best = 0.0f;
 #pragma unroll 1
     for (int t = 0; t < TRIES; ++t) {
@@ -293,7 +307,7 @@ struct iq4_nl {
 #pragma unroll
       for (int j = 0; j < HELD; ++j) {
         const float x = w[j], quotient = __fmul_rn(x, inverse);
-        const float value = values[__float2int_rd(__fadd_rn(quotient, quotient))];
+        const float value = values[__float2int_rd(__fadd_rn(quotient, quotient)) & (PERIOD - 1)];
         const float weighted = __fmul_rn(__fmul_rn(x, x), value);
         products = __fadd_rn(products, __fmul_rn(weighted, x));
         norm = __fadd_rn(norm, __fmul_rn(weighted, value));
