@@ -115,6 +115,15 @@ def test_every_part_by_hand_and_read_back(
     assert {n for n, e in reader.entries.items() if e.scheme} == {f"{prefix}{layer}.weight" for layer in LAYERS}
 
 
+def test_the_dtype_of_the_weights_is_noted_in_the_file(tmp_path: Path) -> None:
+    """A directory's config.json says it too, and does not travel with one file."""
+    source = source_of(tmp_path / "m").parent
+    (source / "config.json").write_text(json.dumps({"torch_dtype": "float16", "_class_name": "FluxTransformer2DModel"}))
+    target = tmp_path / "out.safetensors"
+    quantize(source, target, "e4m3_tensor", format="comfyui", include=["linear1"])
+    assert ComfyUICheckpoint(target).entries[f"{LAYERS[1]}.weight"].info.dtype == "float16"
+
+
 def sink_of(tmp_path: Path, names: tuple[str, ...] = (), **options: Any) -> ComfyUISink:
     return ComfyUISink(Output(tmp_path / "out", is_directory=False), None, names=names, **options)
 
