@@ -44,9 +44,9 @@ def zeroed(x: Bytes) -> Bytes:
     return np.zeros_like(x)
 
 
-def safetensors(part: str, change: Callable[[Bytes], Bytes], directory: Path) -> None:
-    """Change the bytes of one tensor of MODULE, in the file of the directory that has it."""
-    for file in sorted(directory.glob("*.safetensors")):
+def safetensors(part: str, change: Callable[[Bytes], Bytes], path: Path) -> None:
+    """Change the bytes of one tensor of MODULE, in the file that has it: of a directory, or this one."""
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         with file.open("rb") as f:
             (size,) = struct.unpack("<Q", f.read(8))
             head = json.loads(f.read(size))
@@ -55,7 +55,7 @@ def safetensors(part: str, change: Callable[[Bytes], Bytes], directory: Path) ->
             data = np.memmap(file, np.uint8, "r+", 8 + size + begin, (end - begin,))
             _put(data, change(np.array(data)))
             return
-    raise AssertionError(f"{directory}: no {MODULE}.{part}")
+    raise AssertionError(f"{path}: no {MODULE}.{part}")
 
 
 def gguf_q4_0(change: Callable[[Bytes], Bytes], file: Path) -> None:

@@ -90,6 +90,8 @@ ROWS: tuple[Row, ...] = (
     Row("bitsandbytes", "int8_channel", INT8, experts=("bitsandbytes",), encoder=INT8),
     Row("fp8", "e4m3_b128", ("transformers",), encoder=("transformers",)),
     Row("modelopt", "nvfp4", ("modelopt",), encoder=("modelopt",)),
+    Row("comfyui", "e4m3_tensor", ("comfy_kitchen",), encoder=("comfy_kitchen",)),
+    Row("comfyui", "e4m3_tensor", ("comfy_kitchen",), options=(("layout", "quantization_metadata"),)),
     Row("mlx", "affine4_g64", MLX, encoder=("mlx",)),
     *(Row("mlx", f"affine{bits}_g64", MLX) for bits in (2, 3, 5, 6, 8)),
     Row("mlx", "affine4_g32", MLX),

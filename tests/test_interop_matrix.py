@@ -38,7 +38,7 @@ N_LINEAR = {"llama": 14, "qwen2": 14, MIXTURE: 32, ENCODER: 36}
 CASES = [(row, model) for row in ROWS for model in (*LANGUAGE, MIXTURE, ENCODER) if row.of(model)]
 # The first row of each format goes through the command line, with one model; the others do the same in this process.
 BY_COMMAND = {(next(row for row in ROWS if row.format == name), LANGUAGE[0]) for name in {row.format for row in ROWS}}
-FILE_SUFFIXES = {"gguf": ".gguf"}  # of formats that are one file
+FILE_SUFFIXES = {"gguf": ".gguf", "comfyui": ".safetensors"}  # of formats that are one file
 
 
 Case = tuple[Row, str]  # the name of a model
@@ -162,6 +162,7 @@ DAMAGES = [
     ("fp8", "e4m3_b128", partial(damage.safetensors, "weight_scale_inv", damage.reciprocal)),
     ("modelopt", "nvfp4", partial(damage.safetensors, "weight", damage.swapped_nibbles)),
     ("modelopt", "nvfp4", partial(damage.safetensors, "weight_scale_2", damage.reciprocal)),
+    ("comfyui", "e4m3_tensor", partial(damage.safetensors, "scale_weight", damage.reciprocal)),
     ("mlx", "affine4_g64", partial(damage.safetensors, "weight", damage.swapped_nibbles)),
     ("mlx", "affine4_g64", partial(damage.safetensors, "biases", damage.zeroed)),
     ("gguf", "q4_0", partial(damage.gguf_q4_0, damage.swapped_nibbles)),

@@ -62,9 +62,9 @@ LOADERS: Mapping[str, Loader] = {
 
 
 def reference(decoded: Path, model: Path, dtype: str) -> np.ndarray:
-    """What the weights compute that `arrowquant dequantize` wrote: to a directory, or to one file for a GGUF file."""
+    """What the weights compute that `arrowquant dequantize` wrote, to a directory or, of one file, to one file."""
     if decoded.is_dir():
         return transformers_models.plain(decoded, dtype)
     from safetensors.torch import load_file
 
-    return decoders.run(load_file(decoded) | gguf_files.without_place(model), model, dtype)
+    return decoders.run(gguf_files.without_place(model) | load_file(decoded), model, dtype)

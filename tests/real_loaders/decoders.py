@@ -143,6 +143,7 @@ def comfyui(file: Path) -> dict[str, Any]:
     loaded = load_file(file)
     loaded.pop("scaled_fp8", None)
     for name in [n for n, t in loaded.items() if t.dtype is torch.float8_e4m3fn]:
-        scale = loaded.pop(name.removesuffix("weight") + "scale_weight")
+        module = name.removesuffix(".weight")
+        (scale,) = [loaded.pop(n) for n in (f"{module}.scale_weight", f"{module}.weight_scale") if n in loaded]
         loaded[name] = comfy_kitchen.dequantize_per_tensor_fp8(loaded[name], scale, torch.float32)
     return loaded
