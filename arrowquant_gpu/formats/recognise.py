@@ -95,6 +95,7 @@ TENSOR_MARKS: tuple[Mark, ...] = (
     Mark(".weight.absmax", ".weight", _ANY, "bitsandbytes 4 bit"),
     Mark(".scales", ".weight", frozenset({"uint32"}), "MLX"),
     Mark("_scales", "_blocks", _BYTES, "MXFP4"),
+    Mark(".scales", ".packed", _BYTES, "packed safetensors of this program"),
     Mark(".scale", ".W_q", _ANY, "HQQ"),
     Mark("_weight_scale", "_weight_qdata", _ANY, "torchao"),
     Mark("._scale", "._data", _ANY, "optimum-quanto"),
