@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from arrowquant_gpu.engine.journal import Journal
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.safetensors import read_header
@@ -80,6 +81,7 @@ def test_a_part_that_is_lost_is_done_again_with_the_others(tmp_path: Path, monke
     model(tmp_path / "m")
     options: dict[str, Any] = {"format": "compressed-tensors", "device": "cpu", "threads": 1}
     quantize_checkpoint(tmp_path / "m", tmp_path / "whole", "nvfp4", **options)
+    monkeypatch.setattr(Journal.__init__, "__defaults__", (0.01,))
     keep, left, n_resumed = Output.write, [0], 0
 
     def write(self: Output, name: str, offset: int, data: np.ndarray) -> None:
