@@ -11,6 +11,7 @@ from arrowquant_gpu import reference
 from arrowquant_gpu.backends import Backend
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES
 from arrowquant_gpu.reference import Findings
+from arrowquant_gpu.reference.floats import MIDPOINTS
 from arrowquant_gpu.schemes import Scheme
 
 from . import cases
@@ -41,6 +42,16 @@ def _powers(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.nextafter(x, rng.choice(np.array([-9, 0, 9], F32) * F32(1e30), n)).astype(F32)
 
 
+def _midpoints(rng: np.random.Generator, n: int) -> np.ndarray:
+    """What lies between two neighbours of a table, for groups whose largest magnitude is 1."""
+    return rng.choice(np.array([*MIDPOINTS["nf4"], *MIDPOINTS["fp4"], 1, -1, 1, -1], F32), n)
+
+
+def _scaled_midpoints(rng: np.random.Generator, n: int) -> np.ndarray:
+    """The same for another largest magnitude, where a quotient and a product with a reciprocal part."""
+    return _midpoints(rng, n) * F32(1.2345678)
+
+
 def _ranges(rng: np.random.Generator, n: int) -> np.ndarray:
     """Groups of very different sizes."""
     return (rng.standard_normal(n) * np.exp2(rng.integers(-130, 120, n // 16 + 1).repeat(16)[:n])).astype(F32)
@@ -50,6 +61,8 @@ CONTENTS: Mapping[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     **cases.CONTENTS,
     "steps": _steps,
     "powers": _powers,
+    "midpoints": _midpoints,
+    "scaled_midpoints": _scaled_midpoints,
     "ranges": _ranges,
 }
 Case = tuple[Scheme, str, tuple[int, int], str]

@@ -18,7 +18,7 @@ from .float_cases import make
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
 F32 = np.float32
-# A scale beyond the smallest normal float32, where the peers' own type of scales ends.
+# Without what the peers do not define: groups below their smallest scale, and beyond their largest.
 CONTENTS = ("normal", "ties", "steps", "powers", "one_hot", "zeros", "negative_zero", "positive", "negative")
 
 
@@ -36,7 +36,7 @@ def test_codes_absmax_and_values_are_those_of_bitsandbytes(grid: str, dtype: str
 
     assert_bitwise_equal(floats.VALUES[grid], bnb.get_4bit_type(grid, device="cpu").numpy(), "values")
     for size in (32, 64, 1024):
-        for content in (*CONTENTS, "ranges", "subnormal", "wild"):
+        for content in (*CONTENTS, "midpoints", "scaled_midpoints", "ranges", "subnormal", "wild"):
             for shape in ((64, 1024), (1, 64 * 32 + 40)):
                 x = make(content, shape, dtype)
                 packed, scales, _ = quantized(x, f"{grid}_g{size}")

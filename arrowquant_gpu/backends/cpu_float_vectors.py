@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from llvmlite import ir
 from numba import types
 
-from ..reference.floats import CODES, LARGEST, MIDPOINTS, TIES_DOWN, TIES_TO_EVEN
+from ..reference.floats import CODES, LARGEST, MIDPOINTS
 from .cpu_vectors import (
     _F32,
     _I8,
@@ -32,7 +30,7 @@ from .cpu_vectors import (
 # Kinds of codes: those of a grid, e2m1 by each of its two rules.
 CODINGS = {"nf4": 0, "fp4": 1, "e2m1": 2, "e2m1_down": 3, "e4m3": 4, "e5m2": 5}
 # (mantissa bits, bias of the exponent) of the types that are rounded by their bits.
-_FIELDS = {"e4m3": (3, 7), "e5m2": (2, 15)}
+_FIELDS = {"e2m1": (1, 1), "e4m3": (3, 7), "e5m2": (2, 15)}
 
 
 def _magnitude(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -70,38 +68,46 @@ def _fp4_code(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.or_(code, _flag(b, sign, 8, x))
 
 
-def _e2m1_code(b: ir.IRBuilder, x: ir.Value, thresholds: Any, least: float) -> ir.Value:
-    """The number of thresholds that the magnitude is above; the sign is that of values below `least`."""
-    magnitude = _float(b, _magnitude(b, x))
-    code = _flag(b, b.fcmp_ordered("<", x, _const(x.type, least)), 8, x)
-    for threshold in thresholds:
-        code = b.add(code, _flag(b, b.fcmp_ordered(">", magnitude, _const(x.type, float(threshold))), 1, x))
-    return code
-
-
 def _small_code(b: ir.IRBuilder, x: ir.Value, grid: str) -> ir.Value:
+    """To nearest even, saturated, with the sign of x.
+
+    Adding the power of two whose last bit is worth a unit of the value's exponent rounds to units: the sum less that
+    power is a count of them, and each exponent above the least adds as many as one exponent has.
+    """
+    code, _, _ = _rounded(b, x, grid)
+    bits = 4 if grid == "e2m1" else 8
+    return b.or_(code, _with(b, "and_", _with(b, "lshr", _int(b, x), 32 - bits), 1 << (bits - 1)))
+
+
+def _rounded(b: ir.IRBuilder, x: ir.Value, grid: str) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Code without sign; the power that was added, as bits; the sum less the power and the value, exact."""
     mantissa, bias = _FIELDS[grid]
     cut, most = 23 - mantissa, int(np.float32(LARGEST[grid]).view(np.uint32))
     magnitude = _magnitude(b, x)
     magnitude = b.select(_below(b, magnitude, most), magnitude, _const(magnitude.type, most))
-    odd = _with(b, "and_", _with(b, "lshr", magnitude, cut), 1)
-    rounded = _with(b, "lshr", b.add(_with(b, "add", magnitude, (1 << (cut - 1)) - 1), odd), cut)
-    normal = _with(b, "sub", rounded, (127 - bias) << mantissa)
-    # Adding the power of two whose last bit is worth a subnormal's rounds there.
-    shift = np.float32(2.0 ** (24 - bias - mantissa))
-    raised = _int(b, _with(b, "fadd", _float(b, magnitude), float(shift)))
-    subnormal = _with(b, "sub", raised, int(shift.view(np.uint32)))
-    code = b.select(_below(b, magnitude, (128 - bias) << 23), subnormal, normal)
-    return b.or_(code, _with(b, "and_", _with(b, "lshr", _int(b, x), 24), 0x80))
+    exponent, least = _with(b, "and_", magnitude, 0x7F800000), _const(magnitude.type, (128 - bias) << 23)
+    power = _with(b, "add", b.select(b.icmp_unsigned(">", exponent, least), exponent, least), cut << 23)
+    total = b.fadd(_float(b, magnitude), _float(b, power))
+    units = _with(b, "sub", _with(b, "lshr", power, cut), (128 - bias + cut) << mantissa)
+    code = b.add(b.sub(_int(b, total), power), units)
+    return code, power, b.fsub(b.fsub(total, _float(b, power)), _float(b, magnitude))
+
+
+def _down_code(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """e2m1 where a tie, which shows as half a unit too much, goes down, and what becomes 0 has no sign."""
+    code, power, raised = _rounded(b, x, "e2m1")
+    is_tie = b.fcmp_ordered("==", raised, _float(b, _with(b, "sub", power, 24 << 23)))
+    code = b.sub(code, _flag(b, is_tie, 1, x))
+    return b.or_(code, _flag(b, b.fcmp_ordered("<", x, _const(x.type, -0.25)), 8, x))
 
 
 def _code(b: ir.IRBuilder, x: ir.Value, coding: str) -> ir.Value:
     if coding in CODES:
         return _nf4_code(b, x) if coding == "nf4" else _fp4_code(b, x)
-    if coding == "e2m1":
-        return _e2m1_code(b, x, TIES_TO_EVEN, 0.0)
     if coding == "e2m1_down":
-        return _e2m1_code(b, x, TIES_DOWN, -float(TIES_DOWN[0]))
+        return _down_code(b, x)
+    if coding == "e2m1":  # there, -0.0 is no negative value
+        x = b.fadd(x, _const(x.type, 0.0))
     return _small_code(b, x, coding)
 
 
@@ -127,7 +133,7 @@ def store_low_bytes(b: ir.IRBuilder, address: ir.Value, raw: ir.Value) -> None:
 def expand_codes(b: ir.IRBuilder, codes: ir.Value, values: ir.Value, coding: ir.Value) -> None:
     """16 codes of 8 bits at an address to the values they stand for, float32 at another."""
     raw = b.zext(_read(b, codes, ir.VectorType(_I8, LANES)), ir.VectorType(_I32, LANES))
-    names = {CODINGS[grid]: grid for grid in _FIELDS}
+    names = {CODINGS[grid]: grid for grid in ("e4m3", "e5m2")}
     _switch(b, coding, names, lambda number: _write(b, _small_value(b, raw, names[number]), values))
 
 
