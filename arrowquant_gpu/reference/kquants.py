@@ -174,11 +174,11 @@ def quantize(x: NDArray[Any], scheme: Scheme, zeros: None = None) -> tuple[Bytes
 
 
 def encode_packed(x: NDArray[np.float32], scales: NDArray[Any], zeros: None, scheme: Scheme) -> NoReturn:
-    raise NotImplementedError(f"{scheme} has no scale of a whole tensor")
+    raise NotImplementedError(f"{scheme} has no granularity tensor")
 
 
 def solve(low: NDArray[np.float32], high: NDArray[np.float32], scheme: Scheme) -> NoReturn:
-    raise NotImplementedError(f"{scheme} has no scale of a whole tensor")
+    raise NotImplementedError(f"{scheme} has no granularity tensor")
 
 
 def dequantize(
