@@ -307,8 +307,7 @@ class _Compare:
         return self._judged(entry, scheme, figures, steps, over)
 
     def _off(self, original: NDArray[Any], decoded: NDArray[np.float32], q: QuantizedTensor) -> NDArray[np.float32]:
-        """How far weights are from what the scheme makes of the original, [rows, n], beyond what the format loses of
-        scales."""
+        """How far decoded weights [rows, n] are from what the scheme makes of the original."""
         shape, scheme = (decoded.shape[0], decoded.shape[1]), q.scheme
         packed, scales, zeros = np.empty(scheme.packed_shape(shape), np.uint8), q.scales, q.zeros
         expected = np.empty(shape, np.float32)
@@ -325,9 +324,7 @@ class _Compare:
                 # The codes are judged here, which were made with the exact scales, and the scales by the cosine.
                 scales = q.scales
             ops.dequantize_rows(packed, scales, zeros, scheme, expected, **options)
-        tolerance = np.float32(getattr(self.checkpoint, "scale_tolerance", 0.0))
-        # What is not finite stays so.
-        off: NDArray[np.float32] = np.abs(decoded - expected) - tolerance * np.abs(expected)
+        off: NDArray[np.float32] = np.abs(decoded - expected)  # what is not finite stays so
         return off
 
     def _judged(self, entry: Entry, scheme: Scheme, figures: Figures, steps: float | None, over: int) -> Finding:
