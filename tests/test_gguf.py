@@ -23,7 +23,7 @@ from arrowquant_gpu.formats import Codes, Entry, TensorInfo, gguf_checkpoint
 from arrowquant_gpu.formats import gguf as sink_module
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
-from arrowquant_gpu.formats.gguf import FALLBACK, GgufSink
+from arrowquant_gpu.formats.gguf import GgufSink
 from arrowquant_gpu.formats.gguf_checkpoint import GgufCheckpoint
 from arrowquant_gpu.formats.gguf_file import TYPES
 from arrowquant_gpu.formats.output import Output
@@ -208,15 +208,19 @@ def test_frequencies_of_llama3_are_a_tensor(tmp_path: Path) -> None:
     assert tensors["rope_freqs.weight"] == Tensor(F32, (8,), want.tobytes())
 
 
+# As llama-quantize has them.
+INSTEAD = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+
+
 @pytest.mark.parametrize("length", [384, 320, 100])
-@pytest.mark.parametrize("scheme", [*FALLBACK, "q4_0", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("scheme", [*INSTEAD, "q4_0", "mxfp4", "nvfp4"])
 def test_rows_that_are_not_whole_blocks(tmp_path: Path, scheme: str, length: int) -> None:
     config = {**LLAMA, "hidden_size": length}
     tensors = {"model.layers.0.mlp.up_proj.weight": RNG.standard_normal((8, length), np.float32)}
     tensors["model.layers.0.mlp.down_proj.weight"] = RNG.standard_normal((4, 512), np.float32)
     source = model(tmp_path / "m", tensors, config)
     block = TYPES[scheme.upper()].block
-    stored = {256: FALLBACK.get(scheme, ""), 64: "f16", 32: "f16"}[block] if length % block else scheme
+    stored = {256: INSTEAD.get(scheme, ""), 64: "f16", 32: "f16"}[block] if length % block else scheme
     stored = "f16" if stored and length % TYPES[stored.upper()].block else stored
     plan = quantize_checkpoint(source, tmp_path / "a.gguf", scheme, format="gguf", dry_run=True, **NO_TOKENIZER)
     found = load(quantize(source, tmp_path / "a.gguf", scheme, **NO_TOKENIZER))[1]
@@ -335,7 +339,7 @@ def test_pooling_of_a_model_of_sentences(tmp_path: Path) -> None:
         "position_embd.weight": F32,
         "token_types.weight": F32,
     }
-    assert GgufCheckpoint(tmp_path / "a.gguf").left_out == ("pooler.dense.weight",)
+    assert GgufCheckpoint(tmp_path / "a.gguf").omitted == ("pooler.dense.weight",)
 
 
 # Diffusion models.
@@ -486,7 +490,7 @@ def test_files_of_others(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(other(tensors, [("comfy.gguf.orig_shape.conv", 9, (5, [4, 2, 2, 4, 4]))]))
     found = GgufCheckpoint(file)
-    assert (found.config, found.metadata, found.provenance, found.left_out) == (None, {}, {}, ())
+    assert (found.config, found.metadata, found.provenance, found.omitted) == (None, {}, {}, ())
     assert {n: (e.info.dtype, e.info.shape, e.scheme and e.scheme.id) for n, e in found.entries.items()} == {
         "output.weight": ("float32", (2, 2, 64), "q4_0"),
         "norm": ("float32", (64,), None),

@@ -28,7 +28,7 @@ _KEPT |= {"float8_e4m3fn": ("F16", "F32"), "float8_e5m2": ("F16", "F32")}
 class GgufCheckpoint:
     """Reads one GGUF file of version 2 or 3. See `QuantizedCheckpoint`.
 
-    Of a file that this package wrote, `entries` have the names, dtypes and rows of the original, and `left_out` names
+    Of a file that this package wrote, `entries` have the names, dtypes and rows of the original, and `omitted` names
     the tensors of it that are not in the file. Of any other, names are those in the file, blocks decode to float32, and
     F32, F16 and BF16 are kept tensors. `keys` are all keys of the file. Blocks are views of the mapped file, which must
     not change while it is in use, but for rows that are put back in order.
@@ -47,7 +47,7 @@ class GgufCheckpoint:
         record = self._object(own.pop("tensors", "null"), "tensors")
         self.metadata: dict[str, str] = {}
         self.config: dict[str, Any] | None = None
-        self.left_out: tuple[str, ...] = ()
+        self.omitted: tuple[str, ...] = ()
         self._homes: dict[str, tuple[GgufTensor, Home]] = {}
         self.provenance: dict[str, str] = {}
         if record is None:
@@ -56,7 +56,7 @@ class GgufCheckpoint:
             self.metadata = {k: str(v) for k, v in (self._object(own.pop("metadata", "{}"), "metadata") or {}).items()}
             self.config = self._object(own.pop("config", "null"), "config")
             self.provenance = own
-            self.left_out = tuple(name for name, row in record.items() if row is None)
+            self.omitted = tuple(name for name, row in record.items() if row is None)
             self.entries = {n: self._own(n, row, header.tensors) for n, row in record.items() if row is not None}
         self._data: NDArray[np.uint8] | None = None
 
