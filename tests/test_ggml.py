@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +25,7 @@ from arrowquant_gpu.schemes import Scheme
 from . import cases
 from .bitwise import assert_bitwise_equal
 from .test_backends import BACKENDS, PATTERNS, dequantize, quantize
+from .test_cpu_backend import run
 
 F32 = np.float32
 SCHEMES = [Scheme.parse(name) for name, grid in GRIDS.items() if grid.family == "ggml"]
@@ -370,3 +373,20 @@ def test_decoded_weights_are_near(scheme: Scheme) -> None:
     error = reference.dequantize(packed, scales, zeros, scheme, 1024) - x
     bound = {2: 0.2, 4: 0.12, 5: 0.06, 8: 0.008, 16: 0.003}[scheme.bits]
     assert np.sqrt((error**2).mean() / (x**2).mean()) < bound
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64")
+@pytest.mark.parametrize("target", ["generic", "haswell"])
+def test_other_instruction_sets_give_the_same_bytes(target: str, tmp_path: Path) -> None:
+    """SSE2 only, and AVX2 without AVX-512: what Numba compiles for on older machines."""
+    code = """
+        from arrowquant_gpu.backends.cpu import CpuBackend
+        from tests.test_ggml import CONTENTS, SCHEMES, check, check_decode, make
+        for scheme in SCHEMES:
+            for content in CONTENTS:
+                check(CpuBackend(1), make(content, (3, 320), "bfloat16"), scheme)
+            check_decode(CpuBackend(1), scheme)
+        print("same")
+        """
+    assert run(code, NUMBA_CPU_NAME=target, NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path)) == "same"
