@@ -18,7 +18,7 @@ from .cases import CONTENTS, make
 GOLDEN = Path(__file__).parent / "golden"
 
 # Those of grids other than whole numbers.
-OTHERS = [name for name, grid in GRIDS.items() if grid.family == "ggml"]
+OTHERS = [name for name, grid in GRIDS.items() if grid.family in ("ggml", "kquant")]
 
 
 def golden_schemes() -> list[Scheme]:
