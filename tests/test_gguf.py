@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arrowquant_gpu import dequantize_checkpoint, models, reference
+from arrowquant_gpu import dequantize_checkpoint, models, reference, verify_checkpoint
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.engine.hashes import piece_digest, tensor_hash
 from arrowquant_gpu.engine.journal import verify
@@ -25,7 +25,7 @@ from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.gguf import GgufSink
 from arrowquant_gpu.formats.gguf_checkpoint import GgufCheckpoint
-from arrowquant_gpu.formats.gguf_file import TYPES
+from arrowquant_gpu.formats.gguf_file import TYPES, read_header
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.quantized import open_quantized
 from arrowquant_gpu.ops import dequantize
@@ -475,6 +475,27 @@ def test_dequantize(folder: Path, tmp_path: Path) -> None:
         assert error < np.abs(x.astype(np.float32)).max() / 100, name
 
 
+def test_verify(folder: Path, tmp_path: Path) -> None:
+    """Tied heads are no missing tensors, and nothing else that is omitted passes for one."""
+    tensors = weights(folder / "qwen2")
+    config = json.loads((folder / "qwen2" / "config.json").read_text())
+    source = model(tmp_path / "m", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, config)
+    file = quantize(source, tmp_path / "a.gguf", "q5_0", **NO_TOKENIZER)
+    report = verify_checkpoint(file, source, device="reference")
+    report.check()
+    assert [f.name for f in report.findings if f.action == "omitted"] == ["lm_head.weight"]
+    wrong = file.read_bytes().replace(b'"lm_head.weight": null', b'"xx_head.weight": null')
+    (tmp_path / "b.gguf").write_bytes(wrong)
+    with pytest.raises(SourceError, match=r"'xx_head\.weight' has no place for it, and it is needed"):
+        verify_checkpoint(tmp_path / "b.gguf", source, device="reference")
+    data = bytearray(file.read_bytes())
+    data[read_header(file).tensors["blk.0.attn_q.weight"].offset + 10] ^= 0x40
+    (tmp_path / "b.gguf").write_bytes(data)
+    assert verify_checkpoint(tmp_path / "b.gguf", source, device="reference").failed == (
+        "model.layers.0.self_attn.q_proj.weight",
+    )
+
+
 def other(tensors: dict[str, Tensor], keys: Any = ()) -> bytes:
     return gguf_by_hand.write([("general.architecture", 8, "llama"), *keys], tensors)
 
@@ -522,6 +543,7 @@ STACK = {"name": "stack", "expert": 1, "dtype": "float32", "quantized": True}
         "[]",
         "{",
         '"text"',
+        {"a": None},
         {"a": []},
         {"a": {}},
         {"a": {**RECORD, "name": "none"}},

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import models
 from ..dtypes import DTYPES
 from ..errors import SourceError
 from ..schemes import Scheme, rows_and_length
@@ -56,7 +57,7 @@ class GgufCheckpoint:
             self.metadata = {k: str(v) for k, v in (self._object(own.pop("metadata", "{}"), "metadata") or {}).items()}
             self.config = self._object(own.pop("config", "null"), "config")
             self.provenance = own
-            self.omitted = tuple(name for name, row in record.items() if row is None)
+            self.omitted = self._omitted(record)
             self.entries = {n: self._own(n, row, header.tensors) for n, row in record.items() if row is not None}
         self._data: NDArray[np.uint8] | None = None
 
@@ -133,6 +134,15 @@ class GgufCheckpoint:
         scheme = Scheme.parse(tensor.type.scheme) if is_quantized and tensor.type.scheme else None
         self._homes[name] = tensor, home
         return self._entry(name, dtype, whole, tensor, scheme, "quantized" if is_quantized else "kept")
+
+    def _omitted(self, record: Mapping[str, Any]) -> tuple[str, ...]:
+        """The tensors that the record has no place for, each of which readers can do without."""
+        omitted = tuple(name for name, row in record.items() if row is None)
+        model = models.find(self.config, record) if omitted else None
+        for name in omitted:
+            if model is None or model.gguf is None or not (name in model.tied or model.gguf.omits(name)):
+                raise SourceError(f"{self.path}: the record of {name[:100]!r} has no place for it, and it is needed")
+        return omitted
 
     def _entry(
         self, name: str, dtype: str, shape: tuple[int, ...], tensor: GgufTensor, scheme: Scheme | None, reason: str

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,8 @@ class VerifyReport:
     """The result of `verify_checkpoint`: `findings`, worst first, of every tensor of either checkpoint.
 
     path, against: the two checkpoints
-    findings: those with a problem first, then by cosine from the lowest; `action` is quantized, kept, missing or
-        extra. The figures of a tensor that is not quantized are null
+    findings: those with a problem first, then by cosine from the lowest; `action` is quantized, kept, missing,
+        extra, or omitted by a format whose readers do without. The figures of a tensor that is not quantized are null
     seconds: what it took
     """
 
@@ -184,7 +184,8 @@ def verify_checkpoint(
         raise InputError(f"min_cosine {min_cosine}: a cosine is from -1 to 1")
     quantized, original = open_quantized(dst), open_checkpoint(against)
     done, total = 0, sum(info.n_bytes for info in original.tensors.values())
-    findings = list(_unmatched(quantized.entries, original.tensors))
+    omitted: tuple[str, ...] = getattr(quantized, "omitted", ())
+    findings = list(_unmatched(quantized.entries, original.tensors, omitted))
     common = [name for name in quantized.entries if name in original.tensors]
     compare = _Compare(quantized, original, get_backend(device, threads), min_cosine, within_step, threading.Lock())
     # Tensors side by side, each in one thread and in its own order: the figures do not depend on the threads.
@@ -211,12 +212,17 @@ def _finding(action: str, info: TensorInfo, scheme: Scheme | None = None, proble
     return Finding(info.name, action, None if scheme is None else scheme.id, info.dtype, info.shape, problem=problem)
 
 
-def _unmatched(entries: Mapping[str, Entry], tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
+def _unmatched(
+    entries: Mapping[str, Entry], tensors: Mapping[str, TensorInfo], omitted: Collection[str]
+) -> Iterator[Finding]:
     """Tensors that only one side has. Where both sides lack one of the same kind, the names may have changed."""
-    missing = [info for name, info in tensors.items() if name not in entries]
+    missing = [info for name, info in tensors.items() if name not in entries and name not in omitted]
     extra = [entry for name, entry in entries.items() if name not in tensors]
     first_missing = {_kind(info): info.name for info in reversed(missing)}
     first_extra = {_kind(entry.info): entry.info.name for entry in reversed(extra)}
+    for name in omitted:
+        if name in tensors:
+            yield _finding("omitted", tensors[name])
     for info in missing:
         yield _finding("missing", info, None, f"it is missing{_renamed(first_extra.get(_kind(info)))}")
     for entry in extra:
