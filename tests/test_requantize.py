@@ -14,6 +14,7 @@ from arrowquant_gpu.engine.decoded import DecodedCheckpoint
 from arrowquant_gpu.errors import InputError, SourceError
 from arrowquant_gpu.formats import pieces
 from arrowquant_gpu.formats.quantized import open_quantized
+from arrowquant_gpu.formats.targets import TARGETS
 from arrowquant_gpu.pipeline.dequantize import dequantize_checkpoint
 from arrowquant_gpu.pipeline.quantize import quantize_checkpoint
 
@@ -23,8 +24,9 @@ from .fixtures import tiny_llama
 def quantized(tmp_path: Path, format_name: str, scheme: str) -> tuple[Path, Path]:
     """A small model, quantized, and the float model that is decoded from that."""
     tiny_llama(tmp_path / "m", dtype="bfloat16", shards=2)
-    source = tmp_path / ("q" if format_name in ("compressed-tensors", "mlx") else f"q.{format_name}")
-    quantize_checkpoint(tmp_path / "m", source, scheme, format=format_name, device="cpu")
+    source = tmp_path / ("q" if TARGETS[format_name].is_directory else f"q.{format_name}")
+    options = {"tokenizer": "none"} if format_name == "gguf" else None
+    quantize_checkpoint(tmp_path / "m", source, scheme, format=format_name, format_options=options, device="cpu")
     back = tmp_path / ("d" if source.is_dir() else "d.safetensors")
     dequantize_checkpoint(source, back, device="cpu")
     return source, back
@@ -35,6 +37,12 @@ def quantized(tmp_path: Path, format_name: str, scheme: str) -> tuple[Path, Path
     [
         ("compressed-tensors", "int8_g32_asym"),
         ("mlx", "affine6_g32"),
+        ("gptq", "int4_g32"),
+        ("bitsandbytes", "nf4_g64"),
+        ("fp8", "e4m3_b128"),
+        ("modelopt", "nvfp4"),
+        ("safetensors", "q5_1"),
+        ("gguf", "q8_0"),
         ("parquet", "int5_g24"),
         ("arrow", "int4_tensor"),
     ],
