@@ -10,7 +10,7 @@
 >>> packed.shape, scales.shape, zeros, packed[0, :4].tolist()
 ((1, 34), (1, 0), None, [8, 32, 129, 137])
 >>> dequantize(packed, scales, zeros, s, 32)[0, :2].tolist()
-[-1.0, -0.9369659423828125]
+[-0.99993896484375, -0.93695068359375]
 """
 
 from __future__ import annotations
