@@ -131,7 +131,12 @@ FAULTS = {
     "ties to even where they go down": ("floats.cuh", "? code - 1 : code", "? code : code", "mxfp4_ceil"),
     "the sign of zero": ("float_codes.cuh", "__fadd_rn(v, 0.0f)", "v", "mxfp4"),
     "a quotient that is not corrected": ("quantize_floats.cu", ", reciprocal, q)", ", 0.0f, q)", "e4m3_channel"),
-    "a tail that is multiplied": ("quantize_floats.cu", "plain &= !is_short", "plain &= is_short || !is_short", "nf4_g64"),
+    "a tail that is multiplied": (
+        "quantize_floats.cu",
+        "plain &= !is_short",
+        "plain &= is_short || !is_short",
+        "nf4_g64",
+    ),
     "the tail's least absmax": ("quantize_floats.cu", "is_short ? fmaxf", "false ? fmaxf", "nf4_g64"),
     "the rounding of an exponent": ("quantize_floats.cu", "static_cast<u32>(rounding)", "0u", "mxfp8_round"),
     "a scale of zero": ("quantize_floats.cu", "SCALE == GLOBAL && byte == 0", "false", "nvfp4"),
@@ -162,7 +167,7 @@ def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_every_variant_in_the_shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: int) -> None:
     loader = ShimLoader(Schedule(arch, 0xFF))
     backend, _ = backend_over(loader, monkeypatch, tmp_path, arch=arch)
-    assert check(backend, sample(2500, seed=arch)) == 2500
+    assert check(backend, sample(900, seed=arch)) == 900
     check_counts(backend, tuple(scheme.id for scheme in SCHEMES))
     assert len(loader.loaded) == len(list(launch_floats.every()))
 
