@@ -17,7 +17,7 @@ TO_SAFETENSORS = (
 )
 ORIGINAL = "start from the original float checkpoint in safetensors"
 REQUANTIZE = (
-    f"{ORIGINAL}; --allow-requantize decodes what this program can read, and quantizes it again, with the errors of both"
+    f"{ORIGINAL}; --allow-requantize decodes what this program can read, and quantizes it again, with both errors"
 )
 DEQUANTIZE = "`arrowquant dequantize` turns such a result of this program back into float safetensors"
 
