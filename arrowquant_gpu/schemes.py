@@ -30,7 +30,8 @@ MAX_GROUP_SIZE = 1 << 20
 _ID = re.compile(r"(int|affine|nf|fp|e)([0-9]+(?:m[0-9])?)_(?:([gb])([0-9]+)|(channel|tensor))(_asym)?(_f16|_bf16)?")
 _GRAMMAR = (
     "A scheme is int{2,3,4,5,6,8}_{gN,channel,tensor}[_asym][_f16|_bf16], "
-    "affine{2,3,4,5,6,8}_g{32,64,128}[_f16|_bf16], {nf4,fp4}_gN, {e4m3,e5m2}_{gN,channel,tensor,b128}[_f16|_bf16], or one of "
+    "affine{2,3,4,5,6,8}_g{32,64,128}[_f16|_bf16], {nf4,fp4}_gN, "
+    "{e4m3,e5m2}_{gN,channel,tensor,b128}[_f16|_bf16], or one of "
 )
 
 
