@@ -103,11 +103,16 @@ class Checkpoint(Protocol):
 
 
 class Place(NamedTuple):
-    """Where some bytes of a piece are stored: so many, from `offset` on in a file of the output."""
+    """Where some bytes of a piece are stored: so many, from `offset` on in a file of the output.
+
+    They are `lines` parts of the same size; from the beginning of one to that of the next are `stride` bytes.
+    """
 
     file: str
     offset: int
     n_bytes: int
+    lines: int = 1
+    stride: int = 0
 
 
 class Sink(Protocol):
@@ -117,6 +122,14 @@ class Sink(Protocol):
     an output that is being resumed it writes the same again and touches no byte that belongs to a piece. Then the
     engine writes what `stored` gives to `places`, in any order and from any thread. Nothing is under its final name
     until `commit`; where it comes to an error instead, the output is aborted.
+
+    A format may say more of itself, which the plan asks for:
+
+        quantizes: roles (models/) beside linear weights that it quantizes by default, a frozenset
+        fused_alike: True where parts of a fused matrix must be quantized alike, and are kept alike; False where its
+            readers do not fuse, so that nothing is warned of
+        side_files: of a single file, whether the tokenizer goes into it
+        warnings(entries): sentences on what a known engine refuses
     """
 
     format: str
@@ -165,6 +178,9 @@ class QuantizedCheckpoint(Protocol):
 
     `entries` holds every tensor of the original model under its original name, shape and dtype. `metadata` and
     `config` are the original's; `provenance` says how it was quantized.
+
+    A reader may also have `omitted`, the tensors of the original that its format does without, and
+    `scales_are_rounded`: whether scales were quantized once more when codes were there already.
     """
 
     path: Path
