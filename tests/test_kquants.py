@@ -51,6 +51,12 @@ def _same_magnitudes(rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.choice(np.array([0.5, -0.5, 0.25, 0], F32), n)
 
 
+def _mirrored(rng: np.random.Generator, n: int) -> np.ndarray:
+    """All sub-blocks of a block are the same but for their signs, and so are their scales: the first decides."""
+    x = rng.standard_normal((n // 256, 1, 16)) * rng.choice([1, -1], (n // 256, 16, 1))
+    return x.reshape(n).astype(F32)
+
+
 def _outliers(rng: np.random.Generator, n: int) -> np.ndarray:
     x = rng.standard_normal(n) * 0.02
     x[::61] *= 50
@@ -66,6 +72,7 @@ CONTENTS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "one_subblock": _one_subblock,
     "subblocks_of_any_size": _subblocks_of_any_size,
     "same_magnitudes": _same_magnitudes,
+    "mirrored": _mirrored,
     "flat": lambda rng, n: np.repeat(rng.standard_normal(n // 32), 32).astype(F32),
     "near_overflow": lambda rng, n: (
         rng.standard_normal(n) * np.exp2(rng.uniform(14, 30, n // 256)).repeat(256)

@@ -31,7 +31,8 @@ TYPES = {"q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14}
 # Where a code beyond 2**22 occurs before it is clamped, libggml's rounding is another: it takes the low bits of a sum.
 CONTENTS = (
     *("normal", "ties", "one_hot", "zeros", "negative_zero", "positive", "negative", "near_tiny_scale"),
-    *("laplace", "heavy_tailed", "outliers", "one_subblock", "subblocks_of_any_size", "same_magnitudes", "flat"),
+    *("laplace", "heavy_tailed", "outliers", "one_subblock", "subblocks_of_any_size", "same_magnitudes"),
+    *("mirrored", "flat"),
 )
 EMPTY = np.empty((0, 0), np.float16)
 
