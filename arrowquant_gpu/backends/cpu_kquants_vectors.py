@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import models, register_model
 
-from .cpu_vectors import F32X, LANES, _const, _operation, _read, _same, _with, _write
+from .cpu_vectors import LANES, _const, _operation, _read, _same, _with, _write
 
 WIDE = 32
 
@@ -133,24 +133,17 @@ def transpose(
 ) -> None:
     """A square of LANES x LANES float32: lane i of row j becomes lane j of row i."""
     typ = ir.VectorType(_F32, LANES)
-
-    def exchange(address: ir.Value, row_bytes: ir.Value, steps: tuple[int, ...]) -> None:
-        rows = [_read(b, b.add(address, b.mul(row_bytes, ir.Constant(row_bytes.type, i))), typ) for i in range(LANES)]
-        for step in steps:
-            low = [j if j & step == 0 else LANES + j - step for j in range(LANES)]
-            high = [j + step if j & step == 0 else LANES + j for j in range(LANES)]
-            for i in range(LANES):
-                if i & step == 0:
-                    x, y = rows[i], rows[i + step]
-                    for at, order in ((i, low), (i + step, high)):
-                        rows[at] = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, LANES), order))
-        for i, row in enumerate(rows):
-            _write(b, row, b.add(target, b.mul(target_row_bytes, ir.Constant(target_row_bytes.type, i))))
-
-    # In two halves with memory between them: LLVM takes minutes to simplify shuffles of shuffles four deep.
-    exchange(source, row_bytes, (1, 2))
-    b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
-    exchange(target, target_row_bytes, (4, 8))
+    rows = [_read(b, b.add(source, b.mul(row_bytes, ir.Constant(row_bytes.type, i))), typ) for i in range(LANES)]
+    for step in (1, 2, 4, 8):  # squares of twice as many lanes each time: two corners change places
+        low = [j if j & step == 0 else LANES + j - step for j in range(LANES)]
+        high = [j + step if j & step == 0 else LANES + j for j in range(LANES)]
+        for i in range(LANES):
+            if i & step == 0:
+                x, y = rows[i], rows[i + step]
+                for at, order in ((i, low), (i + step, high)):
+                    rows[at] = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, LANES), order))
+    for i, row in enumerate(rows):
+        _write(b, row, b.add(target, b.mul(target_row_bytes, ir.Constant(target_row_bytes.type, i))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,10 +186,3 @@ join_32_1_2, join_32_1_4, join_32_2_0, join_32_2_4 = (_join(32, *a) for a in ((1
 split_32_1_2, split_32_1_4, split_32_2_0, split_32_2_4 = (_split(32, *a) for a in ((1, 2), (1, 4), (2, 0), (2, 4)))
 join_32_4_0, join_64_4_0 = _join(32, 4, 0), _join(64, 4, 0)
 split_32_4_0, split_64_4_0 = _split(32, 4, 0), _split(64, 4, 0)
-
-
-@_operation(F32X)
-def load_signed_codes(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """16 signed bytes as float32."""
-    codes = b.sext(_read(b, address, ir.VectorType(_I8, LANES)), ir.VectorType(_I32, LANES))
-    return b.sitofp(codes, ir.VectorType(_F32, LANES))
