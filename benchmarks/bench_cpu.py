@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from arrowquant_gpu import ops, reference  # noqa: E402 - the repository is not on the path of a script
 from arrowquant_gpu.backends.cpu import CpuBackend  # noqa: E402
+from arrowquant_gpu.backends.cpu_tasks import Task  # noqa: E402
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES  # noqa: E402
 from arrowquant_gpu.schemes import Scheme  # noqa: E402
 from benchmarks import cpu_peers  # noqa: E402
@@ -80,7 +81,7 @@ def copies(weights: list[np.ndarray], dtype: str) -> list[Candidate]:
         share = CpuBackend(threads)._share
 
         def run(i: int, share: Callable[..., Any] = share) -> None:
-            share(SHAPE[0], SHAPE[1], lambda begin, end: np.copyto(out[begin:end], weights[i][begin:end]))
+            share([Task(*SHAPE, lambda begin, end: np.copyto(out[begin:end], weights[i][begin:end]))])
 
         found.append(Candidate(COPY, dtype, threads, out.nbytes, run))
     return found

@@ -32,7 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from arrowquant_gpu import reference  # noqa: E402 - the repository is not on the path of a script
 from arrowquant_gpu.backends import Backend  # noqa: E402
-from arrowquant_gpu.backends.cpu import CpuBackend, _Task  # noqa: E402
+from arrowquant_gpu.backends.cpu import CpuBackend  # noqa: E402
+from arrowquant_gpu.backends.cpu_tasks import Task  # noqa: E402
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES  # noqa: E402
 from arrowquant_gpu.schemes import BITS, SCALE_SUFFIXES, Scheme  # noqa: E402
 from benchmarks import pictures  # noqa: E402
@@ -141,7 +142,7 @@ class Cpu:
 
         def run(i: int) -> None:
             source = sources[i % len(sources)]
-            copy = _Task(rows, target.shape[1], lambda begin, end: np.copyto(target[begin:end], source[begin:end]))
+            copy = Task(rows, target.shape[1], lambda begin, end: np.copyto(target[begin:end], source[begin:end]))
             self.backend._share([copy])
 
         return run
