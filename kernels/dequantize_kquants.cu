@@ -5,6 +5,8 @@
 #include "decoded.cuh"
 #include "kquants.cuh"
 
+constexpr int RUN = 16;  // weights of a thread
+
 __device__ __forceinline__ float half_at(const u8* p) {
   return __half2float(__ushort_as_half(static_cast<u16>(load_half(p))));
 }
@@ -29,21 +31,21 @@ __device__ __forceinline__ void scale_of(const u8* s, int part, float& scale, fl
 extern "C" __global__ void __launch_bounds__(BLOCK, 4)
     dequantize_kquants(const u8* __restrict__ packed,  // [blocks, BLOCK_BYTES]
                        OUT_T* __restrict__ out,        // [blocks, 256], aligned to its element
-                       const i64 chunks)               // 32 of a block
+                       const i64 runs)                 // 16 of a block
 {
-  // A thread for each chunk of 8 weights, which all are of one sub-block.
+  // A thread for each run of weights, which all are of one sub-block.
   const i64 step = static_cast<i64>(gridDim.x) * BLOCK;
-  for (i64 unit = static_cast<i64>(blockIdx.x) * BLOCK + threadIdx.x; unit < chunks; unit += step) {
-    const u8* const block = packed + unit / (WEIGHTS / CHUNK) * BLOCK_BYTES;
-    const int e = static_cast<int>(unit % (WEIGHTS / CHUNK)) * CHUNK, l = e % 32;
+  for (i64 unit = static_cast<i64>(blockIdx.x) * BLOCK + threadIdx.x; unit < runs; unit += step) {
+    const u8* const block = packed + unit / (WEIGHTS / RUN) * BLOCK_BYTES;
+    const int e = static_cast<int>(unit % (WEIGHTS / RUN)) * RUN, l = e % 32;
     float scale, minimum;
     scale_of(block + SCALES_AT, e / PART, scale, minimum);
     scale = __fmul_rn(half_at(block + D_AT), scale);
     if (HAS_MINIMA) minimum = __fmul_rn(half_at(block + D_AT + 2), minimum);
     const u8* const low = block + LOW_AT;
-    float w[CHUNK];
+    float w[RUN];
 #pragma unroll
-    for (int i = 0; i < CHUNK; i += 4) {
+    for (int i = 0; i < RUN; i += 4) {
       u32 codes;
       if (BITS == 2 || BITS == 3) {
         codes = load_word(low + e / 128 * 32 + l + i) >> (e % 128 / 32 * 2) & 0x03030303u;
@@ -64,10 +66,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 4)
         if (HAS_MINIMA) w[i + j] = __fsub_rn(w[i + j], minimum);
       }
     }
-    Decoded<OUT_T> d;
+    OUT_T* const to = out + unit * RUN;
 #pragma unroll
-    for (int j = 0; j < CHUNK; j += 2) convert(w[j], w[j + 1], d.pair[j / 2]);
-    OUT_T* const to = out + unit * CHUNK;
-    d.store(to, CHUNK, is_aligned(to, 16));
+    for (int i = 0; i < RUN; i += CHUNK) {
+      Decoded<OUT_T> d;
+#pragma unroll
+      for (int j = 0; j < CHUNK; j += 2) convert(w[i + j], w[i + j + 1], d.pair[j / 2]);
+      d.store(to + i, CHUNK, is_aligned(to, 16));
+    }
   }
 }

@@ -15,7 +15,7 @@ from .launches import BLOCK, Launch
 from .variants import C_TYPES, Variant, variant
 
 _WEIGHTS = 256  # of a block
-_CHUNK = 8  # weights that a thread decodes, as in kernels/common.cuh
+_RUN = 16  # weights that a thread decodes, as in kernels/dequantize_kquants.cu
 
 
 def quantize(x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None, counters: Any) -> Launch:
@@ -30,10 +30,10 @@ def encode(x: Any, scheme: Scheme, scales: Any, zeros: Any | None, packed: Any) 
 
 
 def dequantize(packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any) -> Launch:
-    """See `launches.Family`: a thread for 8 weights."""
+    """See `launches.Family`: a thread for 16 weights."""
     kernel = variant("dequantize_kquants", BITS=scheme.bits, OUT_T=C_TYPES[from_numpy(out.dtype).name])
-    chunks = out.size // _CHUNK
-    return Launch(kernel, chunks, BLOCK, (packed, out, np.int64(chunks)))
+    runs = out.size // _RUN
+    return Launch(kernel, runs, BLOCK, (packed, out, np.int64(runs)))
 
 
 def every() -> Iterator[Variant]:
