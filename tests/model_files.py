@@ -72,8 +72,10 @@ def written_in(
         for place, array in zip(sink.places(p), sink.stored(p, part_of(codes, p, entry.scheme, length)), strict=True):
             if place.n_bytes != array.nbytes:
                 yield f"{array.nbytes} bytes for {place}"
-            output.write(place.file, place.offset, np.ascontiguousarray(array))
-            filled.setdefault(place.file, []).append((place.offset, place.offset + place.n_bytes))
+            output.write(place.file, place.offset, np.ascontiguousarray(array), place.lines, place.stride)
+            line = place.n_bytes // place.lines
+            begins = (place.offset + i * place.stride for i in range(place.lines))
+            filled.setdefault(place.file, []).extend((begin, begin + line) for begin in begins)
     sink.finish(entry)
     sink.commit()
     for spans in filled.values():

@@ -62,8 +62,8 @@ def small_pieces(pause: Pause = at_once) -> Iterator[None]:
     """In this process: small pieces, a prompt journal, and a pause in every write of a piece."""
     old = pieces.PIECE_BYTES, quantize.Journal, Output.write
 
-    def write(self: Output, name: str, offset: int, data: Any) -> None:
-        old[2](self, name, offset, data)
+    def write(self: Output, name: str, offset: int, data: Any, lines: int = 1, stride: int = 0) -> None:
+        old[2](self, name, offset, data, lines, stride)
         if threading.current_thread() is not threading.main_thread():
             time.sleep(pause())
 

@@ -166,10 +166,10 @@ def test_parts_touch_every_byte_once(
     quantized: list[int] = []
     write, quantize = Output.write, CpuBackend.quantize
 
-    def noted_write(self: Output, name: str, offset: int, data: np.ndarray) -> None:
+    def noted_write(self: Output, name: str, offset: int, data: np.ndarray, *lines: int) -> None:
         if offset:  # the header is laid out, not written as a piece
             written.append((name, offset, data.nbytes))
-        write(self, name, offset, data)
+        write(self, name, offset, data, *lines)
 
     def noted_quantize(self: CpuBackend, x: np.ndarray, *rest: Any) -> Any:
         quantized.append(x.nbytes)

@@ -381,12 +381,15 @@ def test_verify_reads_the_places_of_all_pieces(tmp_path: Path) -> None:
         output.create(name, 300)
         output.write(name, 0, data if name == "w" else data[::-1].copy())
     places = {0: [Place("w", 10, 50), Place("x", 0, 20)], 1: [Place("x", 20, 30), Place("w", 299, 1)]}
+    places[2] = [Place("w", 100, 12, lines=3, stride=7)]
     sink: Any = SimpleNamespace(pieces=lambda entry: list(places), places=lambda piece: places[piece])
     parts = [[data[10:60], data[280:].copy()[::-1].copy()], [data[250:280][::-1].copy(), data[299:]]]
+    lines = [i for begin in (100, 107, 114) for i in range(begin, begin + 4)]
+    parts.append([data[lines]])
     expected = tensor_hash([piece_digest(arrays) for arrays in parts])
     entry: Any = None
     assert verify(output, sink, entry, expected)
-    covered = {("w", i) for i in (*range(10, 60), 299)} | {("x", i) for i in range(50)}
+    covered = {("w", i) for i in (*range(10, 60), *lines, 299)} | {("x", i) for i in range(50)}
     for name, i in itertools.product("wx", range(300)):
         old = output.read(name, i, 1)
         output.write(name, i, old ^ 1)

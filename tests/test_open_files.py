@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,3 +104,43 @@ def test_a_file_that_is_gone_when_it_is_opened_again(tmp_path: Path) -> None:
         output.write("0", 0, np.zeros(1, np.uint8))
     output.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_map_goes_with_its_descriptor(tmp_path: Path) -> None:
+    files = OpenFiles(1)
+    for name in "ab":
+        add(files, tmp_path / name)
+        with files.use(name) as fd:
+            os.posix_fallocate(fd, 0, 100)
+    with files.mapped("a") as first, files.mapped("a") as again:
+        assert first is again is not None
+    # The second is the map's.
+    assert n_open(tmp_path) == 2
+    with files.mapped("b") as other:
+        assert other is not first
+    del first, again, other
+    assert n_open(tmp_path) == 2
+    with files.mapped("a") as file:
+        assert file is not None
+        lines = file.lines(10, 3, 4, 20, for_writing=True)
+        assert lines is not None
+        files.close()
+        # Whoever has lines can still write them.
+        lines[...] = np.arange(12).reshape(4, 3)
+    assert (tmp_path / "a").read_bytes()[70:73] == bytes([9, 10, 11])
+    del file, lines
+    assert n_open(tmp_path) == 0
+
+
+def test_what_cannot_be_mapped_has_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    files = OpenFiles()
+    add(files, tmp_path / "a")
+    monkeypatch.setattr(mmap, "mmap", refused)
+    with files.mapped("a") as file:
+        assert file is None
+    with pytest.raises(KeyError), files.mapped("b"):
+        pass
+    files.close()

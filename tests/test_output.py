@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arrowquant_gpu.errors import TargetError
+from arrowquant_gpu.formats import mapped_file
+from arrowquant_gpu.formats import output as formats_output
 from arrowquant_gpu.formats.lines import line, read_lines
 from arrowquant_gpu.formats.output import FILES_KEY, Output
 
+from .bitwise import assert_bitwise_equal
 from .snapshots import differences, nothing_changes, snapshot
 
 DATA = np.arange(100, dtype=np.uint8)
@@ -151,6 +156,101 @@ def test_failures_of_reads_and_syncs_are_typed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(TargetError, match="Input/output error"):
         output.read("w.bin", 0, 1) if call == "preadv" else output.sync("w.bin")
+    output.abort()
+
+
+# Lines.
+
+
+def refused(*_: object) -> None:
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+
+def without_calls(patch: pytest.MonkeyPatch) -> None:
+    for call in ("pwrite", "preadv"):
+        patch.setattr(os, call, refused)
+
+
+# Ways to write lines, and what makes them be taken.
+WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "map": without_calls,
+    "far": lambda patch: patch.setattr(formats_output, "FAR", 0),
+    "no map": lambda patch: patch.setattr(mmap, "mmap", refused),
+    "old kernel": lambda patch: patch.setattr(mapped_file, "_libc", SimpleNamespace(madvise=lambda *_: -1)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("offset", "n_bytes", "lines", "stride"),
+    [(0, 1, 2, 2), (3, 5, 7, 9), (4095, 2, 3, 4096), (1, 4096, 4, 5000), (20, 6, 5, 6), (0, 100, 200, 100)],
+)
+def test_lines_are_written_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, offset: int, n_bytes: int, lines: int, stride: int
+) -> None:
+    output = Output(tmp_path / "out", is_directory=True)
+    output.begin()
+    rng = np.random.default_rng(1)
+    before = rng.integers(0, 256, offset + lines * stride, np.uint8)
+    output.create("a", before.size)
+    output.write("a", 0, before)
+    data = rng.integers(0, 256, (lines, n_bytes), np.uint8)
+    with monkeypatch.context() as patch:
+        WAYS[way](patch)
+        assert_bitwise_equal(
+            output.read("a", offset, lines * n_bytes, lines, stride),
+            np.concatenate([before[offset + i * stride :][:n_bytes] for i in range(lines)]),
+        )
+        output.write("a", offset, data, lines, stride)
+        assert_bitwise_equal(output.read("a", offset, lines * n_bytes, lines, stride), data.reshape(-1))
+    for i, line_bytes in enumerate(data):
+        before[offset + i * stride :][:n_bytes] = line_bytes
+    assert_bitwise_equal(output.read("a", 0, before.size), before)
+    output.abort()
+
+
+def test_lines_of_wider_types_and_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Output(tmp_path / "out", is_directory=True)
+    output.begin()
+    output.create("a", 100)
+    WAYS["far"](monkeypatch)
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:3], at))
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    output.write("a", 8, values, 2, 40)
+    assert_bitwise_equal(output.read("a", 8, 12).view(np.float32), values[0])
+    assert_bitwise_equal(output.read("a", 48, 12).view(np.float32), values[1])
+    output.abort()
+
+
+def test_lines_of_a_file_that_became_shorter(tmp_path: Path) -> None:
+    """Nothing beyond its end is looked at, which would end this process."""
+    output = Output(tmp_path / "out", is_directory=True)
+    output.begin()
+    place = 100, 4000, 40, 1000
+    for is_mapped in (True, False):
+        output.create(f"{is_mapped}", 50_000)
+        if is_mapped:
+            output.read("True", *place)
+        os.truncate(output.path(f"{is_mapped}"), 9000)
+        with pytest.raises(TargetError, match="has become shorter"):
+            output.read(f"{is_mapped}", *place)
+    output.abort()
+
+
+def test_a_disk_that_is_full_after_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system can be that writes elsewhere what is written again: the kernel says so before a line is."""
+    output = Output(tmp_path / "out", is_directory=True)
+    output.begin()
+    output.create("a", 50_000)
+    WAYS["old kernel"](monkeypatch)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(TargetError, match="the disk is full"):
+        output.write("a", 0, np.ones((3, 8), np.uint8), 3, 100)
     output.abort()
 
 

@@ -18,7 +18,7 @@ import pytest
 from arrowquant_gpu.engine.ring import anonymous_bytes
 from arrowquant_gpu.errors import NonFiniteError, TargetError
 from arrowquant_gpu.formats import Place
-from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink
+from arrowquant_gpu.formats.model_sink import ModelSink
 from arrowquant_gpu.formats.pieces import Piece
 from arrowquant_gpu.formats.row_sink import RowSink
 
@@ -27,7 +27,7 @@ from .resumed_runs import PIECE_BYTES, killed, leftover, n_noted, run, run_until
 from .snapshots import differences, nothing_changes, snapshot
 
 ROOT = Path(__file__).parent.parent
-FORMATS = ("compressed-tensors", "parquet", "parquet-tensors", "arrow")
+FORMATS = ("compressed-tensors", "parquet", "parquet-tensors", "arrow", "gptq", "awq")
 N_TENSORS = 21
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_tensor_is_done_again(
 ) -> None:
     """One bit is flipped in a place of each of three finished tensors, of which the rest stays believed."""
     places: dict[str, list[Place]] = {}
-    for sink in (CompressedTensorsSink, RowSink):
+    for sink in (ModelSink, RowSink):
         real = sink.places
 
         def noting(self: Any, piece: Piece, real: Callable[..., Any] = real) -> Any:
@@ -121,7 +121,8 @@ def test_a_damaged_tensor_is_done_again(
     for tensor in rng.sample(finished, 3):
         place = rng.choice([p for p in places[tensor] if p.n_bytes])
         with (left / place.file).open("r+b") as f:
-            at = place.offset + rng.randrange(place.n_bytes)
+            at = place.offset + rng.randrange(place.lines) * place.stride
+            at += rng.randrange(place.n_bytes // place.lines)
             f.seek(at)
             byte = f.read(1)[0]
             f.seek(at)

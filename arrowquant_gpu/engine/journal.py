@@ -159,8 +159,5 @@ def verify(output: Output, sink: Sink, entry: Entry, expected: str) -> bool:
 
     Raises TargetError for a failed read.
     """
-    digests = (
-        piece_digest(output.read(place.file, place.offset, place.n_bytes) for place in sink.places(piece))
-        for piece in sink.pieces(entry)
-    )
+    digests = (piece_digest(output.read(*place) for place in sink.places(piece)) for piece in sink.pieces(entry))
     return tensor_hash(digests) == expected

@@ -256,7 +256,7 @@ class _Work:
             for place, array in zip(places, arrays, strict=True):
                 if array.nbytes != place.n_bytes:
                     raise RuntimeError(f"{piece.entry.info.name}: {array.nbytes} bytes for a place of {place.n_bytes}")
-                self.output.write(place.file, place.offset, array)
+                self.output.write(place.file, place.offset, array, place.lines, place.stride)
                 tensor.files.add(place.file)
             return piece_digest(arrays)
 

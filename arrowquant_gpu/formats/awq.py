@@ -23,11 +23,17 @@ from ..schemes import Scheme
 from . import Entry
 from .engine_rules import UNFUSED_EXPERTS, Rule, broken
 from .ignored_modules import TIED_HEADS, ignore_list
-from .transposed import LINE_WORDS, TransposedModel, TransposedSink, common_scheme, marlin_rules
+from .transposed import TransposedModel, TransposedSink, common_scheme, marlin_rules
 
 # The row, of 8, whose code is in bits 4 j to 4 j + 3 of a word.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INVERSE = tuple(ORDER.index(i) for i in range(8))
+
+# Words of a line, and of a row of codes, that are made together: what they take, about 1 MB, stays in a cache. Columns
+# that are no power of two, so that rows do not fall on the same lines of it.
+STRIP_WORDS, STRIP_COLUMNS = 64, 320
+# Squares of words are transposed by halves, quarters and eighths: (bits, mask) of each.
+_HALVES = ((16, 0x0000FFFF), (8, 0x00FF00FF), (4, 0x0F0F0F0F))
 
 _RULES = (
     Rule(
@@ -53,17 +59,19 @@ class AwqSink(TransposedSink):
         return length, 4
 
     def code_words(self, packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-        """See `TransposedSink`. Each byte of `packed` has the codes of two columns, each byte of a word of two rows."""
-        words = np.empty((2 * packed.shape[1], len(packed) // 8), "<u4")
-        for row in range(0, len(packed), 8 * LINE_WORDS):
-            part = packed[row : row + 8 * LINE_WORDS].reshape(-1, 8, packed.shape[1])
-            low, high = part[:, ORDER[0::2]], part[:, ORDER[1::2]]
-            even = (low & np.uint8(0x0F)) | (high << np.uint8(4))
-            odd = (low >> np.uint8(4)) | (high & np.uint8(0xF0))
-            columns = slice(row // 8, row // 8 + len(part))
-            for first, four in enumerate((even, odd)):
-                words[first::2, columns] = np.ascontiguousarray(four.transpose(0, 2, 1)).view("<u4")[..., 0].T
-        return words.view(np.uint8)
+        """See `TransposedSink`. A square of 8 rows and 8 columns, a word of codes each, becomes its transpose."""
+        n_words, length = len(packed) // 8, 2 * packed.shape[1]
+        if length % 8:
+            packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
+        rows = packed.view("<u4").reshape(n_words, 8, -1).swapaxes(0, 1)
+        words = np.empty((rows.shape[2], 8, n_words), "<u4")
+        for word in range(0, n_words, STRIP_WORDS):
+            for column in range(0, rows.shape[2], STRIP_COLUMNS):
+                part = slice(word, word + STRIP_WORDS), slice(column, column + STRIP_COLUMNS)
+                squares = np.ascontiguousarray(rows[ORDER, *part])
+                _transpose(squares)
+                words[part[1], :, part[0]] = squares.transpose(2, 0, 1)
+        return words.reshape(-1, n_words)[:length].view(np.uint8)
 
     def zero_words(self, zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         """See `TransposedSink`."""
@@ -131,6 +139,26 @@ class AwqCheckpoint(TransposedModel):
     def zeros(self, words: NDArray[np.int32], bits: int, row: int, stop: int) -> NDArray[np.uint8]:
         """See `TransposedModel`."""
         return _rows_of(words, row, stop)
+
+
+def _transpose(squares: NDArray[np.uint32]) -> None:
+    """Transpose, in place, squares of 4-bit values: value j of word i of [8, ...] becomes value i of word j.
+
+    Source: Henry S. Warren, Hacker's Delight, 7-3.
+
+    >>> square = np.arange(8, dtype=np.uint32) + np.uint32(0x10)
+    >>> _transpose(square)
+    >>> [f"{word:08x}" for word in square]
+    ['76543210', '11111111', '00000000', '00000000', '00000000', '00000000', '00000000', '00000000']
+    """
+    for axis, (bits, mask) in enumerate(_HALVES):
+        first, second = np.moveaxis(squares.reshape(2, 2, 2, *squares.shape[1:]), axis, 0)
+        swapped = first >> np.uint32(bits)
+        swapped ^= second
+        swapped &= np.uint32(mask)
+        second ^= swapped
+        swapped <<= np.uint32(bits)
+        first ^= swapped
 
 
 def _rows_of(words: NDArray[np.int32], row: int, stop: int) -> NDArray[np.uint8]:

@@ -9,15 +9,18 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+from .mapped_file import MappedFile
+
 # Processes may often open 1024 files; a model in one file per tensor has more.
 MOST_OPEN = 128
 
 
 class _Open:
-    """A descriptor and how many threads use it now."""
+    """A descriptor, the map where there is one, and how many threads use them now."""
 
     def __init__(self, fd: int) -> None:
         self.fd, self.n_users = fd, 0
+        self.map: MappedFile | None = None
 
 
 class OpenFiles:
@@ -52,6 +55,23 @@ class OpenFiles:
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[int]:
         """The descriptor of a file that was added; it stays open in the body. Raises OSError, KeyError."""
+        with self._used(name) as file:
+            yield file.fd
+
+    @contextlib.contextmanager
+    def mapped(self, name: str) -> Iterator[MappedFile | None]:
+        """The map of a file that was added, which is kept as long as its descriptor; None where it cannot be mapped.
+
+        Raises OSError, KeyError.
+        """
+        with self._used(name) as file:
+            if file.map is None:
+                with self._lock, contextlib.suppress(OSError):
+                    file.map = file.map or MappedFile(file.fd)
+            yield file.map
+
+    @contextlib.contextmanager
+    def _used(self, name: str) -> Iterator[_Open]:
         with self._lock:
             file = self._open.get(name)
             if file is None:
@@ -61,7 +81,7 @@ class OpenFiles:
             self._open.move_to_end(name)
             self._make_room()
         try:
-            yield file.fd
+            yield file
         finally:
             with self._lock:
                 file.n_users -= 1
@@ -81,3 +101,20 @@ class OpenFiles:
         idle = [name for name, file in self._open.items() if not file.n_users]
         for name in idle[: len(self._open) - self._most]:
             os.close(self._open.pop(name).fd)
+
+
+def write_at(fd: int, offset: int, data: memoryview) -> None:
+    """Put bytes into an open file. Raises OSError."""
+    while data:
+        n = os.pwrite(fd, data, offset)
+        data, offset = data[n:], offset + n
+
+
+def read_at(fd: int, offset: int, into: memoryview) -> bool:
+    """Fill `into` from an open file; False where that ends before. Raises OSError."""
+    while into:
+        n = os.preadv(fd, [into], offset)
+        if n == 0:
+            return False
+        into, offset = into[n:], offset + n
+    return True

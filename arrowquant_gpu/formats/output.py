@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 
 from ..errors import TargetError
 from .leftovers import Temporary, aside, discard, recover
-from .open_files import OpenFiles
+from .open_files import OpenFiles, read_at, write_at
 
 log = logging.getLogger(__name__)
 
 # The manifest beside an output, and the key of its schema metadata that lists every file of that output.
 MANIFEST = "arrowquant_manifest.parquet"
 FILES_KEY = b"arrowquant.files"
+# Lines that are so many bytes apart, or less, go through a memory map; where they are farther, one call for each is no
+# slower than bringing in the pages between them.
+FAR = 32 << 10
 # The table of activation parameters beside an output that has one.
 ACTIVATIONS = "activations.arrow"
 
@@ -171,25 +174,42 @@ class Output:
                 if n_bytes:
                     os.posix_fallocate(fd, 0, n_bytes)
 
-    def write(self, name: str, offset: int, data: NDArray[Any]) -> None:
-        """Put the bytes of a row-major array at `offset` of a created file. Safe from several threads."""
-        rest = data.reshape(-1).view(np.uint8).data
-        with target_errors(self.target), self._files.use(name) as fd:
-            while rest:
-                n = os.pwrite(fd, rest, offset)
-                rest, offset = rest[n:], offset + n
+    def write(self, name: str, offset: int, data: NDArray[Any], lines: int = 1, stride: int = 0) -> None:
+        """Put the bytes of a row-major array into a created file, where `Place` says. Safe from several threads."""
+        parts = data.reshape(-1).view(np.uint8).reshape(lines, -1)
+        with target_errors(self.target):
+            with self._lines(name, offset, parts.shape[1], lines, stride, for_writing=True) as found:
+                if found is not None:
+                    found[...] = parts
+                    return
+            with self._files.use(name) as fd:
+                for i, part in enumerate(parts):
+                    write_at(fd, offset + i * stride, part.data)
 
-    def read(self, name: str, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-        """A copy [n_bytes] of what a created file has at `offset`. Safe from several threads."""
-        data = np.empty(n_bytes, np.uint8)
-        rest = data.data
-        with target_errors(self.target), self._files.use(name) as fd:
-            while rest:
-                n = os.preadv(fd, [rest], offset)
-                if n == 0:
-                    raise TargetError(f"{self.path(name)} has become shorter; run again without --resume")
-                rest, offset = rest[n:], offset + n
-        return data
+    def read(self, name: str, offset: int, n_bytes: int, lines: int = 1, stride: int = 0) -> NDArray[np.uint8]:
+        """A copy [n_bytes] of what a created file has where `Place` says. Safe from several threads."""
+        data = np.empty((lines, n_bytes // lines), np.uint8)
+        with target_errors(self.target):
+            with self._lines(name, offset, data.shape[1], lines, stride) as found:
+                if found is not None:
+                    data[...] = found
+                    return data.reshape(-1)
+            with self._files.use(name) as fd:
+                for i, part in enumerate(data):
+                    if not read_at(fd, offset + i * stride, part.data):
+                        raise TargetError(f"{self.path(name)} has become shorter; run again without --resume")
+        return data.reshape(-1)
+
+    @contextlib.contextmanager
+    def _lines(
+        self, name: str, offset: int, n_bytes: int, lines: int, stride: int, *, for_writing: bool = False
+    ) -> Iterator[NDArray[np.uint8] | None]:
+        """Lines [lines, n_bytes] in the map of a file; None where there is no map, or calls are as quick."""
+        if lines == 1 or stride > FAR:
+            yield None
+            return
+        with self._files.mapped(name) as file:
+            yield None if file is None else file.lines(offset, n_bytes, lines, stride, for_writing=for_writing)
 
     def sync(self, name: str) -> None:
         """Return when all that was written to a created file, and the file itself, survives a power cut."""

@@ -154,17 +154,17 @@ class TransposedSink(ModelSink):
         n = piece.entry.info.shape[0]
         found = []
         for lines in self._lines(piece.entry, scheme)[: 2 if scheme.symmetric else 3]:
-            file, begin, _ = self.place(lines.name, piece.row * lines.bits // 8, 0)
-            step, n_bytes = n * lines.bits // 8, piece.rows * lines.bits // 8
-            found += [Place(file, begin + i * step, n_bytes) for i in range(lines.n)]
+            line, stride = piece.rows * lines.bits // 8, n * lines.bits // 8
+            place = self.place(lines.name, piece.row * lines.bits // 8, lines.n * line)
+            found.append(place if line == stride else place._replace(lines=lines.n, stride=stride))
         return found
 
     def quantized_arrays(self, piece: Piece, scheme: Scheme, codes: Codes) -> list[NDArray[Any]]:
-        """See `ModelSink`. One array for each line."""
+        """See `ModelSink`."""
         arrays = [self.code_words(codes.packed, scheme.bits), np.ascontiguousarray(codes.scales.T)]
         if codes.zeros is not None:
             arrays.append(self.zero_words(codes.zeros, scheme.bits))
-        return [line for array in arrays for line in array]
+        return arrays
 
     def _lines(self, entry: Entry, scheme: Scheme) -> tuple[_Lines, _Lines, _Lines]:
         module, shape = module_of(entry), entry.info.shape
