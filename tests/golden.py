@@ -18,7 +18,14 @@ from .cases import CONTENTS, make
 GOLDEN = Path(__file__).parent / "golden"
 
 # Those of grids other than whole numbers.
-OTHERS = [name for name, grid in GRIDS.items() if grid.family in ("ggml", "kquant")]
+OTHERS = [
+    *(name for name, grid in GRIDS.items() if grid.family in ("ggml", "kquant")),
+    *("affine3_g64", "affine4_g32_f16", "affine8_g128_bf16"),
+    *("nf4_g5", "nf4_g64", "fp4_g24", "fp4_g64", "mxfp4", "mxfp4_round", "mxfp4_ceil", "nvfp4", "nvfp4_local"),
+    *("mxfp8", "mxfp8_round", "mxfp8_ceil", "e4m3_g7_bf16", "e4m3_g32_f16", "e4m3_g128", "e4m3_channel_bf16"),
+    *("e4m3_tensor", "e4m3_b128", "e4m3_b128_bf16", "e5m2_g128", "e5m2_channel_f16", "e5m2_tensor_bf16"),
+    "e5m2_b128_f16",
+]
 
 
 def golden_schemes() -> list[Scheme]:
@@ -49,10 +56,9 @@ def _write() -> None:
         if findings != reference.Findings():
             raise SystemExit(f"{scheme}: {findings}")
         decoded = reference.dequantize(packed, scales, zeros, scheme, x.shape[1])
-        zeros = np.zeros(0, np.uint8) if zeros is None else zeros
-        np.savez(
-            GOLDEN / f"{scheme.id}.npz", x=x, packed=packed, scales=scales.view(np.uint8), zeros=zeros, decoded=decoded
-        )
+        beside = np.zeros(0, np.uint8) if zeros is None else zeros.view(np.uint8)
+        path = GOLDEN / f"{scheme.id}.npz"
+        np.savez(path, x=x, packed=packed, scales=scales.view(np.uint8), zeros=beside, decoded=decoded)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Family float: the reference against exact arithmetic, the CPU backend against the reference, golden files."""
+"""Family float: the reference against exact arithmetic, the CPU backend against the reference."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from arrowquant_gpu.errors import NonFiniteError, ScaleOverflowError
 from arrowquant_gpu.reference import Findings, floats
 from arrowquant_gpu.schemes import Scheme
 
-from . import golden
 from .bitwise import assert_bitwise_equal
-from .float_cases import CONTENTS, SCHEMES, check, compare, make, sample
+from .float_cases import SCHEMES, check, compare, make, sample
 from .test_backends import PATTERNS
 
 F32 = np.float32
-GOLDEN = [scheme for scheme in SCHEMES if scheme.id not in ("nf4_g2048", "nf4_g100", "e4m3_channel", "fp4_g7")]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference against rational numbers.
@@ -225,39 +223,3 @@ def test_every_byte_is_decoded() -> None:
             is_nan = np.isnan(want.astype(F32))
             assert (np.isnan(got.astype(F32)) == is_nan).all(), scheme
             assert_bitwise_equal(np.where(is_nan, 0, got), np.where(is_nan, 0, want), scheme.id)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Golden files.
-
-
-@pytest.mark.parametrize("scheme", GOLDEN, ids=str)
-def test_golden_files(scheme: Scheme) -> None:
-    saved = golden.load(scheme)
-    packed, scales, zeros, findings = reference.quantize(saved["x"], scheme)
-    assert findings == Findings()
-    assert_bitwise_equal(packed, saved["packed"], "packed")
-    assert_bitwise_equal(scales.view(np.uint8), saved["scales"], "scales")
-    if zeros is not None:
-        assert_bitwise_equal(zeros.view(np.uint8), saved["zeros"], "zeros")
-    assert_bitwise_equal(
-        reference.dequantize(packed, scales, zeros, scheme, saved["x"].shape[1]), saved["decoded"], "decoded"
-    )
-
-
-def write_golden() -> None:
-    """`python -m tests.test_floats` writes the golden files of this family."""
-    for scheme in GOLDEN:
-        contents = [c for c in CONTENTS if c not in ("wild", "largest", "ranges") or scheme.scale_dtype != "float16"]
-        x = np.concatenate([make(c, (1, 53), "float32") for c in contents])
-        packed, scales, zeros, findings = reference.quantize(x, scheme)
-        if findings != Findings():
-            raise SystemExit(f"{scheme}: {findings}")
-        decoded = reference.dequantize(packed, scales, zeros, scheme, x.shape[1])
-        beside = np.zeros(0, np.uint8) if zeros is None else zeros.view(np.uint8)
-        path = golden.GOLDEN / f"{scheme.id}.npz"
-        np.savez(path, x=x, packed=packed, scales=scales.view(np.uint8), zeros=beside, decoded=decoded)
-
-
-if __name__ == "__main__":
-    write_golden()
