@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.errors import FormatError, SourceError
-from arrowquant_gpu.formats import Codes, Entry, TensorInfo, stored_model
+from arrowquant_gpu.formats import Codes, Entry, TensorInfo, awq, stored_model
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.awq import AwqCheckpoint, AwqSink
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
@@ -77,6 +77,9 @@ def test_every_part_against_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, shape: tuple[int, int], dtype: str
 ) -> None:
     monkeypatch.setattr(formats_pieces, "PIECE_BYTES", 40 * shape[1] * DTYPES[dtype].bits // 8)
+    # Several strips, and a part of one.
+    monkeypatch.setattr(awq, "STRIP_WORDS", 3)
+    monkeypatch.setattr(awq, "STRIP_COLUMNS", 5)
     weights = RNG.standard_normal(shape, np.float32).astype(DTYPES[dtype].numpy)
     weights[1], weights[2] = np.abs(weights[1]), -np.abs(weights[2])
     target = quantize(model(tmp_path / "m", {"a.weight": weights}), tmp_path / "out", scheme, format="awq")

@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,6 +207,22 @@ def test_lines_are_written_and_read(
     for i, line_bytes in enumerate(data):
         before[offset + i * stride :][:n_bytes] = line_bytes
     assert_bitwise_equal(output.read("a", 0, before.size), before)
+    output.abort()
+
+
+def test_lines_of_many_pieces_from_several_threads(tmp_path: Path) -> None:
+    """Each piece is 3 bytes of every line of two files, so that several have bytes of every word."""
+    output = Output(tmp_path / "out", is_directory=True)
+    output.begin()
+    rng = np.random.default_rng(2)
+    whole = {name: rng.integers(0, 256, (500, 300), np.uint8) for name in "ab"}
+    for name, data in whole.items():
+        output.create(name, data.size)
+    pieces = [(name, i) for name in whole for i in range(0, 300, 3)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda p: output.write(p[0], p[1], whole[p[0]][:, p[1] : p[1] + 3].copy(), 500, 300), pieces))
+    for name, data in whole.items():
+        assert_bitwise_equal(output.read(name, 0, data.size), data.reshape(-1))
     output.abort()
 
 
