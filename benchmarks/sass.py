@@ -1,283 +1,351 @@
-"""Machine instructions per weight of the kernels' hot loops, counted in what the compiler emitted: no GPU is used.
+"""Machine instructions per weight of every kernel, counted in what the compiler emitted: no GPU is used.
 
     python benchmarks/sass.py --out benchmarks/results
 
-Method. A cubin is disassembled with nvdisasm and cut into basic blocks. A hot loop is a loop that reads or writes
-weights 16 bytes at a time. Within it, blocks that ordinary weights never reach are left out: those that call (the slow
-path of a division), count errors (atomics), read single weights, or form a loop inside the hot one (bytes one by one).
-Of the ways round the loop that remain, counted is the one with the most wide accesses, then the most fused
-multiply-adds, then the most word stores, then the fewest instructions: a full, aligned group of ordinary weights whose
-scale is float32, in the thread that stores the scale. A predicated instruction counts as one, NOP as none. The count is
-divided by the weights that the wide accesses move. Kernels that hold groups in registers have one such loop. Those that
-stream them have one for each pass; the passes are added, and what happens once per group is left out.
+Two counts for each kernel and architecture, both of a tensor of ordinary (normally distributed) weights:
 
-Beside the SASS stand the thread-instructions per weight that the PTX executes in the simulator of tests/gpuless on a
-tensor of ordinary weights: all of them, but a division is one instruction there.
+`ptx_executed`   What the simulator of tests/gpuless executes of the PTX. It is exact, but PTX is no machine code: a
+                 division is one instruction there.
+`sass_executed`  The same run in machine instructions. The line table of a cubin compiled with -lineinfo names the line
+                 of PTX that each machine instruction is from. A basic block runs as often as the median of its
+                 instructions' lines was executed, and no less often than any of its stores, shuffles and predicated
+                 loads, which are not moved out of a loop. What ordinary weights never reach counts nothing: the slow
+                 path of a division, and warps that gather on sm_75. Where ptxas has made several copies of a loop or
+                 a branch, told by the memory instructions of one line, these share its executions. A predicated
+                 instruction counts as one, NOP as none.
 
-`alu` is the part that needs the integer pipe, which has half the rate of the whole: on an H200 memory stays the limit
-for bf16 -> int4 below about 19 instructions per weight in all and 9 of the integer pipe.
+What is counted is warps, times 32: a lane that waits while others of its warp take a branch counts as well, in both.
+The tensor has 2^16 weights and the grid one block, so that what a thread does once is spread over several rounds.
+
+What keeps the second count honest: the machine code must be that of the kernel as it is compiled without -lineinfo,
+and the bytes that it moves from and to global memory by this count, `global_bytes`, must be those that the PTX moved,
+within 10 % (ptxas joins some loads). Where they are not, `sass_executed` is null.
+
+`alu` and the other pipes are parts of `sass_executed`. The integer pipe has half the rate of the whole.
+`memory_bound_below` is the number of instructions for which an H200 has time while it moves the bytes of one weight and
+what is stored for it: 132 multiprocessors of 128 lanes at 1.98 GHz, 4.3 TB/s; half as many of `alu`. No kernel has been
+timed for this.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arrowquant_gpu.backends import nvrtc, variants  # noqa: E402 - the repository is not on the path of a script
-from arrowquant_gpu.backends.variants import C_TYPES, Variant  # noqa: E402
+from arrowquant_gpu.backends import nvrtc  # noqa: E402 - the repository is not on the path of a script
+from arrowquant_gpu.backends.nvrtc import Compiled  # noqa: E402
 from arrowquant_gpu.dtypes import DTYPES  # noqa: E402
 from arrowquant_gpu.schemes import Scheme  # noqa: E402
+from tests.gpuless.fake_cupy import Prepare  # noqa: E402
+from tests.gpuless.loaders import facts_of  # noqa: E402
+from tests.gpuless.ptx import PtxFunction, PtxModule  # noqa: E402
+from tests.gpuless.stand_in import backend_over  # noqa: E402
 from tests.record import write  # noqa: E402
-from tests.registers import ARCHS  # noqa: E402
 
-VARIANTS = {
-    **{f"{d} -> int4_g128": variants.quantize(4, True, d, 128) for d in C_TYPES},
-    "bfloat16 -> int4_g128_asym": variants.quantize(4, False, "bfloat16", 128),
-    "bfloat16 -> int4_g32": variants.quantize(4, True, "bfloat16", 32),
-    "bfloat16 -> int2_g64": variants.quantize(2, True, "bfloat16", 64),
-    "bfloat16 -> int3_g128": variants.quantize(3, True, "bfloat16", 128),
-    "bfloat16 -> int5_g128": variants.quantize(5, True, "bfloat16", 128),
-    "bfloat16 -> int6_g128": variants.quantize(6, True, "bfloat16", 128),
-    "bfloat16 -> int8_g128": variants.quantize(8, True, "bfloat16", 128),
-    "bfloat16 -> int8_channel": variants.quantize(8, True, "bfloat16", 0),
-    "bfloat16 -> int8_tensor, range": variants.value_range("bfloat16"),
-    "bfloat16 -> int8_tensor, codes": variants.encode(8, True, "bfloat16"),
-    "int4_g128 -> bfloat16": variants.dequantize(4, True, "bfloat16"),
-    "int8_channel -> float32": variants.dequantize(8, True, "float32"),
-}
+ARCHS = (75, 80, 90, 120)
+DTYPES_IN, DTYPE_OUT = ("float32", "bfloat16"), "bfloat16"
+SCHEMES = (
+    *("int2_g64", "int3_g128", "int4_g128", "int4_g128_asym", "int4_g32", "int5_g128", "int6_g128", "int8_g128"),
+    *("int8_channel", "int8_tensor"),
+    *(f"affine{bits}_g64" for bits in (2, 3, 4, 5, 6, 8)),
+    *("nf4_g64", "fp4_g64", "e4m3_channel", "e4m3_b128", "e4m3_tensor", "e5m2_channel"),
+    *("mxfp4", "mxfp4_ceil", "mxfp8", "nvfp4", "nvfp4_local"),
+    *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "ggml_mxfp4", "ggml_nvfp4", "f16", "bf16"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+)
+SHAPE = (16, 4096)
+GLOBAL_SCALE = 0.1 / (6 * 448)  # of nvfp4, for weights up to 0.1
+LANES_PER_BYTE = 132 * 128 * 1.98e9 / 4.3e12  # thread-instructions of an H200 while it moves one byte
+TOLERANCE = 0.1
 
-ITEM_BYTES = {c: DTYPES[name].bits // 8 for name, c in C_TYPES.items()}
 JUMPS = ("BRA", "EXIT", "RET", "CALL", "BREAK", "BRX")
 PIPES = {
     "fma": r"FFMA|FMUL|FADD|IMAD|HFMA2|HADD2|HMUL2",
     "alu": r"LOP3|IADD3?|VIADD|[IF]SETP|FMNMX3?|V?IM?NMX3?|F?SEL|PRMT|SHF|LEA|PLOP3|MOV|P2R|CS2R|FCHK",
-    "memory": r"LD[GSC]?|LDCU|ULDC|STG|SHFL|S2R|S2UR",
-    "control": r"BRA|BSSY|BSYNC|WARPSYNC|CALL|YIELD|EXIT|BMOV|BREAK|NOP|R2UR|VOTEU?",
+    "memory": r"LD[GSC]?|LDCU|ULDC|ST[GS]|SHFL|S2R|S2UR",
+    "control": r"BRA|BSSY|BSYNC|WARPSYNC|CALL|YIELD|EXIT|BMOV|BREAK|R2UR|VOTEU?|BAR",
     "conversion": r"MUFU|F2F|F2FP|I2F|F2I|I2FP",
 }
+# Memory instructions that ptxas makes of one in PTX each, unless it copies or joins them.
+ANCHOR = re.compile(r"(LDG|STG|LDS|STS|SHFL|REDG?|ATOMG?)\b")
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A way round a loop: what ranks it, and its opcodes."""
+class Instruction:
+    """A machine instruction, and the line of the PTX that it is from."""
 
-    wide_bytes: int
-    n_fma: int
-    n_stores: int
-    opcodes: tuple[str, ...]
-
-    def __add__(self, other: Way) -> Way:
-        return Way(
-            self.wide_bytes + other.wide_bytes,
-            self.n_fma + other.n_fma,
-            self.n_stores + other.n_stores,
-            self.opcodes + other.opcodes,
-        )
+    text: str
+    line: int | None
 
     @property
-    def rank(self) -> tuple[int, ...]:
-        return self.wide_bytes, self.n_fma, self.n_stores, -len(self.opcodes)
+    def opcode(self) -> str:
+        return re.sub(r"^@!?U?P\w+ +", "", self.text).split()[0]
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether ptxas cannot have moved it here from where it runs more often, out of a loop."""
+        return self.name in ("STG", "STS", "SHFL") or (self.name == "LDG" and self.text.startswith("@"))
 
 
 class Program:
-    """The blocks of a disassembled kernel and where each can go on."""
+    """The blocks of a disassembled kernel, where each can go on, and which are reached without a call."""
 
     def __init__(self, listing: str):
-        code: list[str] = []
+        code: list[Instruction] = []
         labels: dict[str, int] = {}
-        for line in listing.splitlines():
-            if label := re.match(r"(\.L_\S+):", line):
+        line: int | None = None
+        for text in listing.splitlines():
+            if label := re.match(r"(\.L_\S+):", text):
                 labels[label[1]] = len(code)
-            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-                code.append(instruction[1])
-        starts = {0, *labels.values()} | {i + 1 for i, text in enumerate(code) if opcode(text).split(".")[0] in JUMPS}
+            elif known := re.match(r'\s*//## File "\.nv_debug_ptx_txt", line (\d+)', text):
+                line = int(known[1])
+            elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text):
+                code.append(Instruction(instruction[1], line))
+        starts = {0, *labels.values()} | {i + 1 for i, instruction in enumerate(code) if instruction.name in JUMPS}
         bounds = [*sorted(s for s in starts if s < len(code)), len(code)]
         self.blocks = [code[a:b] for a, b in itertools.pairwise(bounds)]
         at = {start: i for i, start in enumerate(bounds)}
         self.next = [self._next(i, at, labels) for i in range(len(self.blocks))]
+        self.ordinary = [b for b in self._reached() if not is_rare(self.blocks[b])]
 
     def _next(self, i: int, at: dict[int, int], labels: dict[str, int]) -> list[int]:
         last = self.blocks[i][-1]
-        kind = opcode(last).split(".")[0]
         following = [i + 1] if i + 1 < len(self.blocks) else []
-        if kind in ("BRA", "BRX"):  # a table of jumps names its targets in a comment
-            jumps = [at[labels[name]] for name in re.findall(r"\.L_\w+", last)]
-            is_conditional = re.search(r"^@|\.DIV|\.CONV|\bU?P\d", last)
-            return jumps + (following if is_conditional and kind == "BRA" else [])
-        if kind in ("EXIT", "RET"):
-            return following if last.startswith("@") else []
+        if last.name in ("BRA", "BRX"):  # a table of jumps names its targets in a comment
+            jumps = [at[labels[name]] for name in re.findall(r"\.L_\w+", last.text)]
+            is_conditional = re.search(r"^@|\.DIV|\.CONV|\bU?P\d", last.text)
+            return jumps + (following if is_conditional and last.name == "BRA" else [])
+        if last.name in ("EXIT", "RET"):
+            return following if last.text.startswith("@") else []
         return following
 
-    def loops(self, within: set[int]) -> Iterator[tuple[int, set[int]]]:
-        """(head, blocks) of every loop among these blocks, inner ones after the one that holds them."""
-        for body in self._cycles(within):
-            outside = {b for i, to in enumerate(self.next) if i not in body for b in to}
-            head = min((body & outside) or body)
-            yield head, body
-            yield from self.loops(body - {head})
+    def _reached(self) -> list[int]:
+        reached, todo = {0}, [0]
+        while todo:
+            new = set(self.next[todo.pop()]) - reached
+            reached |= new
+            todo += new
+        return sorted(reached)
 
-    def _cycles(self, within: set[int]) -> list[set[int]]:
-        """The strongly connected parts that have a cycle."""
-        reach: dict[int, set[int]] = {}
-        for start in within:
-            seen: set[int] = set()
-            todo = [b for b in self.next[start] if b in within]
-            while todo:
-                b = todo.pop()
-                if b not in seen:
-                    seen.add(b)
-                    todo += [c for c in self.next[b] if c in within]
-            reach[start] = seen
-        parts = {frozenset(b for b in reach[a] if a in reach[b]) for a in within if a in reach[a]}
-        return [set(p) for p in parts]
-
-    def hot_way(self, head: int, body: set[int]) -> Way | None:
-        """The way round the loop that ordinary weights take, or None if there is none without rare blocks."""
-        keep = {b for b in body if not is_rare(self.blocks[b])} - {head}
-        for part in self._cycles(keep):
-            # On sm_75 a warp waits for its threads in a loop of votes, left at once where they have not parted.
-            names = {opcode(i).split(".")[0] for b in part for i in self.blocks[b]}
-            if "VOTE" not in names or names & {"LDG", "STG"}:
-                keep -= part
-        best: dict[int, Way | None] = {}
-
-        def rest(b: int) -> Way | None:
-            """The best way from block b back to the head."""
-            if b not in best:
-                best[b] = None
-                ways = [Way(0, 0, 0, ()) if n == head else rest(n) for n in self.next[b] if n == head or n in keep]
-                known = [way for way in ways if way is not None]
-                best[b] = way_through(self.blocks[b]) + max(known, key=lambda w: w.rank) if known else None
-            return best[b]
-
-        return None if is_rare(self.blocks[head]) else rest(head)
+    def runs(self, executed: Mapping[int, float]) -> list[tuple[Instruction, float, float]]:
+        """The instructions of ordinary blocks; how often the block of each runs, where lines of the PTX were executed
+        so often; and how often its predicate holds, as far as a line tells.
+        """
+        anchors = [i for b in self.ordinary for i in self.blocks[b] if ANCHOR.match(i.opcode)]
+        copies = Counter((i.name, i.line) for i in anchors)
+        found = []
+        for block in (self.blocks[b] for b in self.ordinary):
+            lines = [executed.get(i.line or 0, 0.0) for i in block]
+            share = median([copies[i.name, i.line] for i in block if (i.name, i.line) in copies] or [1])
+            pinned = [n / max(1, copies[i.name, i.line]) for i, n in zip(block, lines, strict=True) if i.is_pinned]
+            runs = max([median(lines) / share, *pinned])
+            for i, n in zip(block, lines, strict=True):
+                holds = min(runs, n / max(1, copies[i.name, i.line])) if i.text.startswith("@") else runs
+                found.append((i, runs, holds))
+        return found
 
 
-def opcode(instruction: str) -> str:
-    return re.sub(r"^@!?U?P\w+ +", "", instruction).split()[0]
-
-
-def is_rare(block: list[str]) -> bool:
-    for instruction in block:
-        name = opcode(instruction)
-        called = name.startswith("CALL") and not instruction.startswith("@")
-        if called or re.match(r"REDG?\b|ATOMG?\b|MATCH|ENDCOLLECTIVE|LDG\.E\.U16|WARPSYNC\.COLLECTIVE", name):
-            return True
-    return False
-
-
-def way_through(block: list[str]) -> Way:
-    names = [opcode(instruction) for instruction in block]
-    return Way(
-        sum(16 for n in names if re.match(r"(LDG|STG)\.E\.128", n)),
-        sum(n.startswith("FFMA") for n in names),
-        sum(n.startswith("STG") and not re.search(r"\.[US](8|16)", n) for n in names),
-        tuple(n for n in names if n != "NOP"),
+def is_rare(block: list[Instruction]) -> bool:
+    """Whether ordinary weights never come here: the slow path of a division, warps that gather."""
+    return any(
+        (i.name == "CALL" and not i.text.startswith("@")) or re.match(r"ENDCOLLECTIVE|WARPSYNC\.COLLECTIVE", i.opcode)
+        for i in block
     )
 
 
-def disassemble(cubin: bytes) -> str:
+def pipes(opcodes: Mapping[str, float]) -> dict[str, float]:
+    """Instructions by pipe, and `other`."""
+    found = dict.fromkeys((*PIPES, "other"), 0.0)
+    for opcode, n in opcodes.items():
+        name = opcode.split(".")[0]
+        found[next((pipe for pipe, names in PIPES.items() if re.fullmatch(names, name)), "other")] += n
+    return found
+
+
+def sass_bytes(runs: list[tuple[Instruction, float, float]]) -> float:
+    """Bytes that machine instructions move from and to global memory."""
+    total = 0.0
+    for instruction, _, holds in runs:
+        if instruction.name in ("LDG", "STG"):
+            width = re.search(r"\.[US]?(8|16|64|128|256)\b", instruction.opcode)
+            total += holds * (int(width[1]) if width else 32) / 8
+    return total
+
+
+def ptx_bytes(function: PtxFunction, executed: Mapping[int, float]) -> float:
+    """Bytes that the PTX moved from and to global memory."""
+    total = 0.0
+    for instruction in function.entry.instructions:
+        name, *modifiers = instruction.opcode
+        if name in ("ld", "st") and "global" in modifiers:
+            lanes = next((int(m[1:]) for m in modifiers if re.fullmatch(r"v\d", m)), 1)
+            total += executed.get(instruction.line, 0.0) * lanes * int(modifiers[-1][1:]) / 8
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a kernel.
+
+
+class Counting:
+    """Loads kernels into the simulator, with the line table; `last` is what was loaded last."""
+
+    def __init__(self) -> None:
+        self.last: tuple[dict[str, Any], Compiled, PtxFunction] | None = None
+
+    def __call__(self, cubin: Path, entry: str) -> Prepare:
+        facts = facts_of(cubin)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "-lineinfo"))
+            compiled = nvrtc.compile_source(facts["source"], facts["defines"], facts["arch"])
+        # Directives of lines become empty lines: the numbers of all others stay as they are.
+        text = re.sub(r"^[ \t]*\.(?:loc|file)\b.*", "", compiled.ptx, flags=re.M)
+        self.last = facts, compiled, PtxModule(text).get_function(entry)
+        return self.last[2].prepare
+
+    def count(self, n_weights: int) -> dict[str, Any]:
+        """What the last kernel took, per weight."""
+        assert self.last is not None
+        facts, compiled, function = self.last
+        listing, plain = disassemble(compiled.cubin, "-gp"), self._without_lines(facts)
+        program = Program(listing)
+        if instructions(listing) != instructions(plain):
+            raise SystemExit(f"{facts['source']} {facts['defines']}: the line table has changed the machine code")
+        executed: Counter[int] = Counter()
+        for number, warps in function.issued.items():
+            executed[function.entry.instructions[number].line] += warps
+        per_weight = {line: 32 * warps / n_weights for line, warps in executed.items()}
+        runs = program.runs(per_weight)
+        opcodes: Counter[str] = Counter()
+        for instruction, n, _ in runs:
+            if instruction.name != "NOP":
+                opcodes[instruction.opcode] += n  # type: ignore[assignment] - a Counter adds floats as well
+        moved = sass_bytes(runs), ptx_bytes(function, per_weight)
+        is_credible = abs(moved[0] - moved[1]) <= TOLERANCE * moved[1]
+        return {
+            "sass_executed": round(sum(opcodes.values()), 2) if is_credible else None,
+            "ptx_executed": round(sum(per_weight.values()), 2),
+            **({pipe: round(n, 2) for pipe, n in pipes(opcodes).items()} if is_credible else {}),
+            "global_bytes": {"sass": round(moved[0], 3), "ptx": round(moved[1], 3)},
+            "registers": compiled.registers,
+        }
+
+    @staticmethod
+    def _without_lines(facts: Mapping[str, Any]) -> str:
+        return disassemble(nvrtc.compile_source(facts["source"], facts["defines"], facts["arch"]).cubin)
+
+
+def instructions(listing: str) -> list[str]:
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", listing, re.M)
+
+
+def disassemble(cubin: bytes, *options: str) -> str:
     from cuda.pathfinder import find_nvidia_binary_utility
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [find_nvidia_binary_utility("nvdisasm") or "nvdisasm", "-c", file.name]
+        command = [find_nvidia_binary_utility("nvdisasm") or "nvdisasm", "-c", *options, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def hot_loops(variant: Variant, listing: str) -> list[tuple[int, Way]]:
-    """(weights, way round) for each pass over the weights."""
-    program = Program(listing)
-    item = ITEM_BYTES[variant.defines.get("IN_T") or variant.defines["OUT_T"]]
-    passes: dict[bool, tuple[int, Way]] = {}
-    for head, body in program.loops(set(range(len(program.blocks)))):
-        way = program.hot_way(head, body)
-        if way is None or not way.wide_bytes:
-            continue
-        weights, encodes = way.wide_bytes // item, way.n_fma > 0
-        # A pass can have two loops, of which one only ends what the other, unrolled, has left.
-        known = passes.get(encodes)
-        if known is None or len(way.opcodes) / weights < len(known[1].opcodes) / known[0]:
-            passes[encodes] = weights, way
-    if not passes:
-        raise SystemExit(f"{variant}: no hot loop found; has the kernel lost its 16-byte accesses?")
-    return list(passes.values())
+@contextlib.contextmanager
+def simulated(arch: int) -> Iterator[tuple[Any, Counting, Callable[[], None]]]:
+    """The CUDA backend over the simulator, one block at a time; what counts; and what waits for the kernels."""
+    counting = Counting()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        backend, host = backend_over(counting, patch, Path(folder), arch=arch, max_blocks=1)
+        yield backend, counting, host.gpu.synchronize
 
 
-def pipes(opcodes: Counter[str]) -> Iterator[tuple[str, int]]:
-    left = Counter(opcodes)
-    for pipe, names in PIPES.items():
-        matching = [n for n in left if re.fullmatch(names, n)]
-        yield pipe, sum(left.pop(n) for n in matching)
-    yield "other", left.total()
+def measure(text: str, dtype: str, arch: int) -> dict[str, dict[str, Any]]:
+    """Every kernel that a scheme needs for weights of this dtype -> what it takes; decoding with the dtype it is to."""
+    scheme, found = Scheme.parse(text), {}
+    x = (np.random.default_rng(1).standard_normal(SHAPE) * 0.02).astype(DTYPES[dtype].numpy)
+    n_scales, beside = scheme.scales_shape(SHAPE), scheme.zeros_shape(SHAPE)
+    with simulated(arch) as (backend, counting, wait):
+        weights = backend.put(x)
+        packed = backend.empty(scheme.packed_shape(SHAPE), np.uint8)
+        scales = backend.put(np.full(n_scales, 0.001).astype(DTYPES[scheme.scale_storage].numpy))
+        zeros = None
+        if beside is not None:
+            zeros = backend.put(np.full(beside, GLOBAL_SCALE, DTYPES[str(scheme.zeros_dtype)].numpy))
+        stored = (packed.nbytes + (scales.nbytes if np.prod(n_scales) else 0) + (zeros.nbytes if zeros else 0)) / x.size
+
+        def add(name: str, n_bytes: float, run: Callable[[], object]) -> None:
+            run()
+            wait()
+            assert counting.last is not None
+            facts = counting.last[0]
+            kernel = " ".join([facts["source"], *(f"{k}={v}" for k, v in facts["defines"].items())])
+            budget = {"bytes_per_weight": round(n_bytes, 3), "memory_bound_below": round(LANES_PER_BYTE * n_bytes, 1)}
+            found[name] = {"kernel": kernel, **budget, f"sm_{arch}": counting.count(x.size)}
+
+        if scheme.granularity == "tensor":
+            if scheme.family == "int":
+                add(f"{dtype} -> range", x.itemsize, lambda: backend.value_range(weights))
+            encode = lambda: backend.encode(weights, scheme, scales, zeros, packed)  # noqa: E731
+            add(f"{dtype} -> {text}, codes", x.itemsize + stored, encode)
+        else:
+            quantize = lambda: backend.quantize(weights, scheme, packed, scales, zeros)  # noqa: E731
+            add(f"{dtype} -> {text}", x.itemsize + stored, quantize)
+        if dtype == DTYPE_OUT:
+            decode = lambda: backend.dequantize(packed, scales, zeros, scheme, weights)  # noqa: E731
+            add(f"{text} -> {dtype}", x.itemsize + stored, decode)
+    return found
 
 
-def count(variant: Variant, arch: int) -> dict[str, Any]:
-    """Instructions per weight of one variant on one architecture, in all and by pipe."""
-    compiled = nvrtc.compile_source(variant.source, variant.defines, arch)
-    per_weight: Counter[str] = Counter()
-    for weights, way in hot_loops(variant, disassemble(compiled.cubin)):
-        by_name = Counter(name.split(".")[0] for name in way.opcodes)
-        for pipe, n in pipes(by_name):
-            per_weight[pipe] += n / weights  # type: ignore[assignment] - a Counter adds floats as well
-    total = sum(per_weight.values())
-    return {
-        "instructions": round(total, 2),
-        **{pipe: round(n, 2) for pipe, n in per_weight.items()},
-        "registers": compiled.registers,
-    }
-
-
-def executed(variant: Variant, arch: int) -> float:
-    """Thread-instructions per weight that the PTX of a quantize kernel with held groups executes."""
-    from tests.gpuless.ptx import PtxModule
-
-    defines = variant.defines
-    group, bits, symmetric = int(defines["GROUP"]), int(defines["BITS"]), defines["SYMMETRIC"] == "1"
-    dtype = next(name for name, c in C_TYPES.items() if c == defines["IN_T"])
-    scheme = Scheme(bits, "group", group, symmetric)
-    n = 64 * 4096
-    x = (np.random.default_rng(1).standard_normal(n) * 0.02).astype(DTYPES[dtype].numpy)
-    packed = np.zeros(scheme.packed_shape((1, n)), np.uint8)
-    scales = np.zeros(scheme.scales_shape((1, n)), np.float32)
-    zeros = None if symmetric else np.zeros(scales.shape, np.uint8)
-    kernel = PtxModule(nvrtc.compile_source(variant.source, defines, arch).ptx).get_function(variant.source)
-    runs, size = np.int64(n // group), np.int64(group)
-    sizes = (np.int64(1), np.int64(n), runs, np.int32(0), size, np.int32(1), runs, np.int64(1), np.int32(1))
-    lanes = max(1, group // 32)
-    blocks = n // group * lanes // 256
-    kernel((blocks,), (256,), (x, packed, scales, zeros, np.zeros(7, np.uint64), *sizes))
-    return round(kernel.executed.total() / n, 2)
+def _measure(job: tuple[str, str, int]) -> dict[str, dict[str, Any]]:
+    return measure(*job)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Machine instructions per weight of the kernels' hot loops")
+    parser = argparse.ArgumentParser(description="Machine instructions per weight of every kernel")
     parser.add_argument("--out", type=Path, help="folder for sass.json")
-    out = parser.parse_args().out
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, help="architectures, 75 80 90 120 unless given")
+    parser.add_argument("--dtype", nargs="*", default=DTYPES_IN, help="dtypes of weights, both unless given")
+    options = parser.parse_args()
+    # For one scheme after another, so that a kernel has its architectures in one line.
+    jobs = [(s, d, a) for s, d, a in itertools.product(SCHEMES, options.dtype, options.arch)]
     kernels: dict[str, Any] = {}
-    for name, variant in VARIANTS.items():
-        counts = {f"sm_{arch}": count(variant, arch) for arch in ARCHS}
-        kernels[name] = {"kernel": str(variant), "sass_per_weight": counts}
-        if variant.defines.get("GROUP", "0") != "0":
-            kernels[name]["ptx_executed_per_weight"] = {f"sm_{arch}": executed(variant, arch) for arch in (75, 90)}
-        print(f"{name:32}", *(f"{arch} {c['instructions']:5.2f}" for arch, c in counts.items()), flush=True)
-    if out:
-        write(out / "sass.json", {"method": "benchmarks/sass.py", "nvrtc": nvrtc.version(), "kernels": kernels})
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        for (_, _, arch), found in zip(jobs, pool.map(_measure, jobs), strict=True):
+            for name, counts in found.items():
+                kernels.setdefault(name, {}).update(counts)
+                if arch == options.arch[-1]:
+                    print_row(name, kernels[name])
+    if options.out:
+        write(options.out / "sass.json", {"method": "benchmarks/sass.py", "nvrtc": nvrtc.version(), "kernels": kernels})
+
+
+def print_row(name: str, counts: Mapping[str, Any]) -> None:
+    per_arch = {key: at for key, at in counts.items() if key.startswith("sm_")}
+    row = (f"{key} {at['sass_executed'] or '-':6} ({at['ptx_executed']})" for key, at in per_arch.items())
+    print(f"{name:32}", *row, f"below {counts['memory_bound_below']}", flush=True)
 
 
 if __name__ == "__main__":

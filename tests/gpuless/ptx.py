@@ -41,14 +41,15 @@ class PtxModule:
 class PtxFunction:
     """One kernel; call it as CuPy's RawKernel is called.
 
-    `executed` counts the thread-instructions of the last call by the first word of their opcode. `only_blocks`, if set,
-    are the numbers of the blocks that are run, of a grid too large to run as a whole; -1 is the last one.
+    `issued` counts the warps that came to each instruction in the last call, by its number in `entry.instructions`.
+    `only_blocks`, if set, are the numbers of the blocks that are run, of a grid too large to run as a whole; -1 is the
+    last one.
     """
 
     def __init__(self, entry: Entry):
         self.entry = entry
         self.steps = [decode(entry, instruction) for instruction in entry.instructions]
-        self.executed: Counter[str] = Counter()
+        self.issued: Counter[int] = Counter()
         self.only_blocks: Sequence[int] | None = None
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[object], shared_mem: int = 0) -> None:
@@ -79,7 +80,7 @@ class PtxFunction:
             else value
             for parameter, value in zip(entry.parameters, bound.values, strict=True)
         }
-        self.executed = Counter()
+        self.issued = Counter()
         n_blocks = grid[0] * grid[1] * grid[2]
         numbers = np.arange(n_blocks) if self.only_blocks is None else np.array(self.only_blocks) % n_blocks
         at_once = max(1, THREADS_AT_ONCE // (-(-per_block // 32) * 32))
@@ -91,4 +92,4 @@ class PtxFunction:
                     machine.run()
                 except KernelFault as fault:
                     raise KernelFault(f"{entry.name}: {fault}") from None
-                self.executed += machine.executed
+                self.issued += machine.issued

@@ -34,7 +34,7 @@ class Machine:
         blocks: np.ndarray,
     ):
         self.entry, self.steps, self.memory, self.parameters = entry, steps, memory, parameters
-        self.executed: Counter[str] = Counter()
+        self.issued: Counter[int] = Counter()
         per_block = block[0] * block[1] * block[2]
         padded = self.padded = -(-per_block // 32) * 32
         self.n_threads = padded * blocks.size
@@ -129,7 +129,7 @@ class Machine:
                 holds = self._at(step, step.guard, select)
                 if not holds.all():
                     active = select = threads[holds]
-            self.executed[step.instruction.opcode[0]] += active.size
+            self.issued[pc] += 1 + np.count_nonzero(np.diff(self.warp[threads]))
             if step.kind == "plain":
                 if active.size:
                     assert step.act is not None
