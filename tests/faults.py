@@ -255,8 +255,8 @@ class Model:
     def _open_sink(self, faults: Faults) -> Callable[..., Any]:
         real = quantize.open_sink
 
-        def open_sink(name: str, output: Output, source: Any, **options: Any) -> Any:
-            sink = PlainSink(output) if self.format == "plain" else real(name, output, source, **options)
+        def open_sink(name: str, output: Output, config: Any, names: Any, **options: Any) -> Any:
+            sink = PlainSink(output) if self.format == "plain" else real(name, output, config, names, **options)
             stored = sink.stored
 
             def hooked(piece: Any, codes: Any) -> Any:

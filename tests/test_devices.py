@@ -213,7 +213,7 @@ def open_some(source: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     monkeypatch.setattr(ring, "anonymous_bytes", lambda: HELD)
     monkeypatch.setattr(pieces_module, "PIECE_BYTES", 2000)
     checkpoint = open_checkpoint(source)
-    sink = open_sink("parquet", Output(source.parent / "never", is_directory=False), checkpoint)
+    sink = open_sink("parquet", Output(source.parent / "never", is_directory=False), checkpoint.config)
     pieces = [p for entry in make_plan(checkpoint, sink, "int4_g32").entries for p in sink.pieces(entry)]
 
     def opened(names: list[str], limit: int | None, **options: Any) -> list[int]:

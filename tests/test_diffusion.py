@@ -23,6 +23,7 @@ from arrowquant_gpu.cli import app
 from arrowquant_gpu.diffusion import DiffusionOptions
 from arrowquant_gpu.diffusion.prepare import EQUALIZED
 from arrowquant_gpu.engine import Sizes
+from arrowquant_gpu.engine import decoded as engine_decoded
 from arrowquant_gpu.engine.loads import sizes
 from arrowquant_gpu.engine.readers import open_reader
 from arrowquant_gpu.engine.streamed import StreamedDevice
@@ -32,7 +33,7 @@ from arrowquant_gpu.formats import quantized
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import FILES_KEY
 from arrowquant_gpu.formats.row_sink import RowSink
-from arrowquant_gpu.pipeline import dequantize, quantize, verify
+from arrowquant_gpu.pipeline import quantize, verify
 from arrowquant_gpu.pipeline.widths import Widths
 
 from .diffusion_models import (
@@ -278,7 +279,7 @@ def test_dequantize_multiplies_again(
     if piece_weights is not None:
         # Parts of rows, too.
         small = functools.partial(quantized.pieces, n_weights=piece_weights)
-        monkeypatch.setattr(dequantize, "pieces", small)
+        monkeypatch.setattr(engine_decoded, "pieces", small)
     dequantize_checkpoint(out, back, dtype=dtype, device="cpu")
     found = open_checkpoint(back)
     for layer in LAYERS:
@@ -325,7 +326,7 @@ def test_compressed_tensors_cannot_carry_divisors(tmp_path: Path) -> None:
     assert not out.exists()
     # Without calibration there are none, and the run says so.
     result = quantize_checkpoint(source, out, "int4_g16", device="cpu")
-    assert ["no calibration data: weights are quantized per group" in w for w in result.plan.warnings] == [True]
+    assert sum("no calibration data: weights are quantized per group" in w for w in result.plan.warnings) == 1
 
 
 def test_activations_lie_in_a_directory(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_default_formats(tmp_path: Path) -> None:
     for (path, asked), expected in formats.items():
         assert quantize_checkpoint(path, tmp_path / "out", format=asked, dry_run=True).format == expected
     with pytest.raises(FormatError, match="choose one of compressed-tensors"):
-        quantize_checkpoint(source, tmp_path / "out", format="gguf", dry_run=True)
+        quantize_checkpoint(source, tmp_path / "out", format="onnx", dry_run=True)
     with pytest.raises(FormatError, match=r"needs a model directory with config\.json"):
         quantize_checkpoint(file, tmp_path / "out", format="compressed-tensors", dry_run=True)
 

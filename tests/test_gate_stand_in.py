@@ -182,7 +182,7 @@ HOST_FAULTS: dict[str, tuple[Edit, str]] = {
         "runs after its memory was freed",
     ),
     "a result that is not read": (("counters.get(stream=stream, out=counts)", "pass"), "findings"),
-    "the wrong scale type": (('"float16": 1, "bfloat16": 2', '"float16": 2, "bfloat16": 1'), "differ"),
+    "the wrong scale type": (("SCALE_TYPES[scheme.scale_dtype]", "3 - SCALE_TYPES[scheme.scale_dtype]"), "differ"),
 }
 
 

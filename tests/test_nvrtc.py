@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arrowquant_gpu.backends import launches, nvrtc, variants
+from arrowquant_gpu.backends import launches, nvrtc
 from arrowquant_gpu.errors import DeviceError
 
 from . import registers
@@ -195,25 +195,47 @@ def test_the_kernels_of_an_installed_package_come_first(tmp_path: Path, monkeypa
 
 
 def test_variants_are_distinct_and_have_sources() -> None:
-    every = [*variants.every(), *launches.every()]
+    every = list(launches.every())
     assert len(set(every)) == len(every)
     assert {v.source for v in every} == {p.stem for p in nvrtc.kernel_dir().glob("*.cu")}
 
 
+def test_the_page_of_the_kernels_names_all() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    assert f"lists all {len(list(launches.every()))} variants" in text
+    for file in nvrtc.kernel_dir().iterdir():
+        assert f"`{file.stem if file.suffix == '.cu' else file.name}`" in text, file.name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Registers. A sample here; all of them with `python -m tests.registers`, which `make kernels` runs.
+# Registers. A few here; each for two architectures in `make kernels`, for all of them in `make soak`.
 
 
 @pytest.mark.parametrize("arch", registers.ARCHS)
 def test_registers_are_within_their_budget(arch: int) -> None:
-    every = list(variants.every())
+    every = list(launches.every())
     sample = [every[i] for i in np.random.default_rng(arch).permutation(len(every))[:4]]
     assert list(registers.over(registers.measure([(v, arch) for v in sample]), registers.budget())) == []
 
 
-def test_every_family_has_a_budget() -> None:
-    assert registers.budget().keys() == {registers.family(v) for v in variants.every()}
+def test_every_kernel_has_a_budget() -> None:
+    assert registers.budget().keys() == {registers.shared(v) for v in launches.every()}
     assert all(set(at) == set(map(str, registers.ARCHS)) for at in registers.budget().values())
+
+
+def test_a_sample_has_every_kernel_twice_and_every_architecture() -> None:
+    every = list(launches.every())
+    sample = registers.sample(every)
+    assert len(set(sample)) == len(sample) == 2 * len(every)
+    for source in {v.source for v in every} - {"value_range"}:
+        assert {arch for v, arch in sample if v.source == source} == set(registers.ARCHS)
+
+
+def test_the_budget_is_written_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = registers.budget()
+    monkeypatch.setattr(registers, "BUDGET", tmp_path / "registers.json")
+    registers.BUDGET.write_text(registers.document(budget))
+    assert registers.budget() == budget
 
 
 def test_one_register_too_many_is_seen() -> None:
