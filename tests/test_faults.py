@@ -337,7 +337,7 @@ PLANTED = {
         "engine.readers", "while have < need:", "while have == 0:", QUIET, WRONG
     ),
     "the rest of a short write is lost": Planted(
-        "formats.output", "while rest:\n                n = os.pw", "if rest:\n                n = os.pw", QUIET, WRONG
+        "formats.open_files", "while data:\n        n = os.pw", "if data:\n        n = os.pw", QUIET, WRONG
     ),
     "a cause is not chained": Planted(
         "formats.output", 'there.") from e', 'there.") from None', {"write": 40}, "without its cause"
