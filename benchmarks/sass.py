@@ -112,7 +112,7 @@ class Instruction:
 
 
 class Program:
-    """The blocks of a disassembled kernel, where each can go on, and which are reached without a call."""
+    """The blocks of a disassembled kernel, where each can go on, and which ordinary weights reach."""
 
     def __init__(self, listing: str):
         code: list[Instruction] = []
@@ -130,15 +130,18 @@ class Program:
         self.blocks = [code[a:b] for a, b in itertools.pairwise(bounds)]
         at = {start: i for i, start in enumerate(bounds)}
         self.next = [self._next(i, at, labels) for i in range(len(self.blocks))]
-        self.ordinary = [b for b in self._reached() if not is_rare(self.blocks[b])]
+        self.ordinary = self._reached()
 
     def _next(self, i: int, at: dict[int, int], labels: dict[str, int]) -> list[int]:
         last = self.blocks[i][-1]
         following = [i + 1] if i + 1 < len(self.blocks) else []
-        if last.name in ("BRA", "BRX"):  # a table of jumps names its targets in a comment
+        if last.opcode.startswith("BRA.DIV"):  # taken by warps that have parted
+            return following
+        # A table of jumps names its targets in a comment; a call of a label is a jump out of a loop.
+        if last.name in ("BRA", "BRX") or (last.name == "CALL" and ".L_" in last.text):
             jumps = [at[labels[name]] for name in re.findall(r"\.L_\w+", last.text)]
-            is_conditional = re.search(r"^@|\.DIV|\.CONV|\bU?P\d", last.text)
-            return jumps + (following if is_conditional and last.name == "BRA" else [])
+            is_conditional = re.search(r"^@|\.CONV|\bU?P\d", last.text)
+            return jumps + (following if is_conditional and last.name != "BRX" else [])
         if last.name in ("EXIT", "RET"):
             return following if last.text.startswith("@") else []
         return following
@@ -146,7 +149,7 @@ class Program:
     def _reached(self) -> list[int]:
         reached, todo = {0}, [0]
         while todo:
-            new = set(self.next[todo.pop()]) - reached
+            new = {b for b in self.next[todo.pop()] if not is_rare(self.blocks[b])} - reached
             reached |= new
             todo += new
         return sorted(reached)
@@ -172,7 +175,8 @@ class Program:
 def is_rare(block: list[Instruction]) -> bool:
     """Whether ordinary weights never come here: the slow path of a division, warps that gather."""
     return any(
-        (i.name == "CALL" and not i.text.startswith("@")) or re.match(r"ENDCOLLECTIVE|WARPSYNC\.COLLECTIVE", i.opcode)
+        (i.name == "CALL" and not re.search(r"^@|\.L_", i.text))
+        or re.match(r"ENDCOLLECTIVE|WARPSYNC\.COLLECTIVE", i.opcode)
         for i in block
     )
 

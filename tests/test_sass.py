@@ -31,6 +31,7 @@ LISTING = """\
         /*0070*/                   FFMA R6, R4, R5, R6 ;
         /*0080*/              @!P1 BRA `(.L_x_3) ;
         /*0090*/                   CALL.REL.NOINC `(slow) ;
+        /*0094*/                   MOV R6, R7 ;
 .L_x_3:
 //## File ".nv_debug_ptx_txt", line 1
         /*00a0*/                   MOV R9, 0x4 ;
@@ -46,7 +47,14 @@ LISTING = """\
 //## File ".nv_debug_ptx_txt", line 8
         /*0100*/                   NOP ;
         /*0110*/               @P5 BRA `(.L_x_0) ;
+        /*0114*/                   BRA.DIV ~URZ, `(.L_x_5) ;
+        /*0118*/               @P6 CALL.REL.NOINC `(.L_x_4) ;
+        /*011c*/                   EXIT ;
+.L_x_4:
         /*0120*/                   EXIT ;
+.L_x_5:
+        /*0124*/                   SHFL.BFLY PT, R0, R6, 0x4, 0x1f ;
+        /*0128*/                   EXIT ;
 slow:
 //## File ".nv_debug_ptx_txt", line 5
         /*0130*/                   FFMA R6, R4, R5, R6 ;
@@ -70,7 +78,9 @@ def test_a_block_runs_as_often_as_its_lines() -> None:
         "STG.E.U8": [20.0, 20.0],  # two copies of a loop share its executions
         "STG.E": [20.0],
         "NOP": [20.0],
-        "EXIT": [10.0],
+        "BRA.DIV": [10.0],
+        "CALL.REL.NOINC": [10.0],  # of a label: a jump
+        "EXIT": [10.0, 10.0],
     }
 
 
@@ -78,12 +88,18 @@ def test_bytes_are_those_of_predicates_that_hold() -> None:
     assert sass_bytes(Program(LISTING).runs(EXECUTED)) == 8 * 16 + 2 * 2 + 40 + 3 * 4
 
 
-def test_what_is_reached_by_a_call_alone_is_not_ordinary() -> None:
+def test_what_ordinary_weights_never_reach() -> None:
+    """The slow path of a division, what follows its call, and the shuffle of a warp that has parted."""
     program = Program(LISTING)
-    ordinary = [i.opcode for b in program.ordinary for i in program.blocks[b]]
-    assert ordinary.count("FFMA") == 1
-    assert "RET.REL.NODEC" not in ordinary
-    assert "CALL.REL.NOINC" not in ordinary
+    ordinary = [i.text for b in program.ordinary for i in program.blocks[b]]
+    left_out = {i.text for block in program.blocks for i in block} - set(ordinary)
+    assert left_out == {
+        "CALL.REL.NOINC `(slow)",
+        "MOV R6, R7",
+        "SHFL.BFLY PT, R0, R6, 0x4, 0x1f",
+        "RET.REL.NODEC R2",
+    }
+    assert sum(text.startswith("FFMA") for text in ordinary) == 1
 
 
 def test_every_opcode_is_of_one_pipe() -> None:
