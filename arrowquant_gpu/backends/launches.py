@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from ..schemes import Scheme
+from . import variants
 from .variants import Variant
 
 BLOCK = 256  # threads of a block, as in kernels/common.cuh
@@ -57,6 +58,7 @@ def family(name: str) -> Family:
 
 
 def every() -> Iterator[Variant]:
-    """All variants of the kernels of all families but int."""
+    """All variants of the kernels of all families, each once."""
+    yield from variants.every()
     for name in MODULES:
         yield from family(name).every()

@@ -1,4 +1,4 @@
-"""Which kernels there are: one source file compiled with one set of macros each.
+"""`Variant`: one source file compiled with one set of macros; and which there are of family int.
 
 A macro has the name of a scheme field in upper case. `GROUP` is a group length that the kernel holds in registers, or
 0 for any other; the type in which scales are stored is an argument of the kernels and no macro.
@@ -66,7 +66,7 @@ def dequantize(bits: int, symmetric: bool, dtype: str) -> Variant:
 
 
 def every() -> Iterator[Variant]:
-    """All variants, each once."""
+    """All variants of the kernels of family int, each once; launches.py has those of all families."""
     for bits, symmetric, dtype in itertools.product(BITS, (True, False), KERNEL_DTYPES):
         for group, solver in itertools.product((*GROUPS, 0), SOLVERS):
             yield quantize(bits, symmetric, dtype, group, solver)
