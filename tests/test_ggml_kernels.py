@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from arrowquant_gpu import reference
-from arrowquant_gpu.backends import Backend, launch_ggml, nvrtc
+from arrowquant_gpu.backends import Backend, launch_ggml
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES
 from arrowquant_gpu.grids import GRIDS
 from arrowquant_gpu.schemes import Scheme
@@ -19,7 +19,6 @@ from .gpuless.lint import lint
 from .gpuless.loaders import PtxLoader, ShimLoader, ptx_of
 from .gpuless.shim import FORWARD, REVERSE, Schedule
 from .gpuless.stand_in import backend_over, edit_kernels
-from .registers import ARCHS
 from .test_ggml import CONTENTS, SCHEMES, Case, check, check_counts, check_decode, make
 
 # Order of threads, and the most blocks of a grid: with few of them every thread has several units of work.
@@ -170,12 +169,3 @@ def test_every_variant_in_the_simulator(monkeypatch: pytest.MonkeyPatch, tmp_pat
     backend, _ = backend_over(PtxLoader(), monkeypatch, tmp_path, arch=arch, max_blocks=2)
     cases = list(itertools.product(SCHEMES, KERNEL_DTYPES, SHAPES[:3], CONTENTS))
     assert check_cases(backend, cases[::5]) > 200
-
-
-@pytest.mark.soak
-@pytest.mark.nvrtc
-def test_every_variant_compiles_for_every_gpu_without_a_spill() -> None:
-    for variant, arch in itertools.product(launch_ggml.every(), ARCHS):
-        compiled = nvrtc.compile_source(variant.source, variant.defines, arch)
-        assert not lint(compiled.ptx)[variant.source]
-        assert compiled.spill_bytes == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from arrowquant_gpu import reference
-from arrowquant_gpu.backends import Backend, launch_kquants, nvrtc
+from arrowquant_gpu.backends import Backend, launch_kquants
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES
 from arrowquant_gpu.schemes import Scheme
 
@@ -18,7 +18,6 @@ from .gpuless.lint import lint
 from .gpuless.loaders import PtxLoader, ShimLoader, ptx_of
 from .gpuless.shim import FORWARD, REVERSE, Schedule
 from .gpuless.stand_in import backend_over, edit_kernels
-from .registers import ARCHS
 from .test_kquants import CONTENTS, IDS, SCHEMES, Case, check, check_counts, check_decode, make
 
 # Order of threads, and the most blocks of a grid: with few of them every thread has several units of work.
@@ -169,12 +168,3 @@ def test_every_variant_in_the_simulator(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for scheme in SCHEMES:
         check_decode(backend, scheme)
     assert len(loader.loaded) == len(list(launch_kquants.every()))
-
-
-@pytest.mark.soak
-@pytest.mark.nvrtc
-def test_every_variant_compiles_for_every_gpu_without_a_spill() -> None:
-    for variant, arch in itertools.product(launch_kquants.every(), ARCHS):
-        compiled = nvrtc.compile_source(variant.source, variant.defines, arch)
-        assert not lint(compiled.ptx)[variant.source]
-        assert compiled.spill_bytes == 0
