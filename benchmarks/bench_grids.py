@@ -6,6 +6,8 @@ Method and words are those of bench_cpu.py: rates are bytes of weights per secon
 llama.cpp takes float32 only. bitsandbytes and MLX allocate their outputs; those of llama.cpp and of this package are
 there beforehand. MLX has one stream, and stands beside one thread.
 
+Beside llama.cpp, the share of blocks that have the same bytes, and the errors of both, are in the results too.
+
 Nothing here asserts a speed. It exits with an error if a peer is missing, or if bits or a peer's values are wrong.
 """
 
@@ -22,9 +24,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arrowquant_gpu import reference  # noqa: E402 - the repository is not on the path of a script
+from arrowquant_gpu import ops, reference  # noqa: E402 - the repository is not on the path of a script
 from arrowquant_gpu.backends.cpu import CpuBackend  # noqa: E402
 from arrowquant_gpu.dtypes import DTYPES  # noqa: E402
+from arrowquant_gpu.grids import GRIDS as ALL_GRIDS  # noqa: E402
 from arrowquant_gpu.schemes import Scheme  # noqa: E402
 from benchmarks import cpu_peers  # noqa: E402
 from benchmarks.bench_cpu import SHAPE, THREADS, Candidate, make_weights, measure, rounded  # noqa: E402
@@ -109,6 +112,28 @@ def peers(weights: list[np.ndarray], dtype: str, schemes: list[str]) -> list[Can
     return found
 
 
+def agreement(weights: list[np.ndarray], schemes: list[str]) -> list[dict[str, Any]]:
+    """What llama.cpp makes of the same weights: the share of blocks with the same bytes, and the errors of both."""
+    x, rows = weights[0], []
+    for name in schemes:
+        owner, _, peer_name = (GRIDS[name] or "").partition(" ")
+        if owner != "llama.cpp":
+            continue
+        scheme, peer = Scheme.parse(name), cpu_peers.llama_cpp([x], 1, peer_name)
+        ours, theirs = ops.quantize(x, scheme, device="cpu"), peer.run(0)
+        size = ALL_GRIDS[scheme.grid].block_bytes
+        same = (ours.packed.reshape(-1, size) == theirs.reshape(-1, size)).all(1)
+        errors = [
+            float(np.sqrt(np.mean((y - x) ** 2))) for y in (ops.dequantize(ours, device="cpu"), peer.decode(theirs))
+        ]
+        row = {"scheme": name, "identical_blocks": float(same.mean()), "rmse": errors[0], "rmse_of_peer": errors[1]}
+        rows.append(row)
+        print(
+            f"{name:8} {row['identical_blocks']:9.5f} of the blocks identical; error {errors[0] / errors[1]:.6f} of its peer's"
+        )
+    return rows
+
+
 def add_ratios(rows: list[dict[str, Any]]) -> None:
     """Each of our rates beside that of its peer at as many threads (of MLX: one)."""
     rates = {(row["name"], row["threads"] or 1): row["gb_s"] for row in rows}
@@ -130,6 +155,8 @@ def main() -> None:
     print(f"{'':28} {'':9} threads    GB/s  (   min -    max)   of its peer")
     for dtype in ("float32", "bfloat16"):
         weights = make_weights(dtype)
+        if dtype == "float32":
+            results["agreement"] = agreement(weights, arguments.schemes)
         candidates = [*ours(weights, dtype, arguments.schemes), *peers(weights, dtype, arguments.schemes)]
         rows = measure(candidates, len(weights), arguments.rounds)
         add_ratios(rows)
