@@ -128,9 +128,8 @@ def agreement(weights: list[np.ndarray], schemes: list[str]) -> list[dict[str, A
         ]
         row = {"scheme": name, "identical_blocks": float(same.mean()), "rmse": errors[0], "rmse_of_peer": errors[1]}
         rows.append(row)
-        print(
-            f"{name:8} {row['identical_blocks']:9.5f} of the blocks identical; error {errors[0] / errors[1]:.6f} of its peer's"
-        )
+        ratio = errors[0] / errors[1]
+        print(f"{name:8} {same.mean():9.5f} of the blocks identical; error {ratio:.6f} of its peer's")
     return rows
 
 
