@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from arrowquant_gpu import reference
-from arrowquant_gpu.reference import Findings
+from arrowquant_gpu.reference import Findings, integers
 from arrowquant_gpu.schemes import Scheme
 
 from .cases import make
@@ -87,9 +87,9 @@ def test_bfloat16_weights_equal_compressed_tensors_run_in_float32(scheme: str) -
 
 def test_the_comparison_fails_on_one_changed_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make("normal", (4, 256), "float32")
-    original = reference.pack
+    original = integers.pack
     monkeypatch.setattr(
-        reference, "pack", lambda codes, bits: original(codes ^ (np.arange(codes.size) == 7).reshape(codes.shape), bits)
+        integers, "pack", lambda codes, bits: original(codes ^ (np.arange(codes.size) == 7).reshape(codes.shape), bits)
     )
     with pytest.raises(AssertionError):
         check_equal(x, Scheme.parse("int4_g128"))
