@@ -73,8 +73,8 @@ SCHEMES = (
     *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "ggml_mxfp4", "ggml_nvfp4", "f16", "bf16"),
     *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 )
-SHAPE = (16, 4096)
-GLOBAL_SCALE = 0.1 / (6 * 448)  # of nvfp4, for weights up to 0.1
+ROWS, SQUARES = (16, 4096), (128, 512)  # the shape of a tensor, and where scales are of square blocks
+GLOBAL_SCALE = 6 * 448 / 0.1  # of nvfp4, for weights up to 0.1
 LANES_PER_BYTE = 132 * 128 * 1.98e9 / 4.3e12  # thread-instructions of an H200 while it moves one byte
 TOLERANCE = 0.1
 
@@ -289,11 +289,12 @@ def simulated(arch: int) -> Iterator[tuple[Any, Counting, Callable[[], None]]]:
 def measure(text: str, dtype: str, arch: int) -> dict[str, dict[str, Any]]:
     """Every kernel that a scheme needs for weights of this dtype -> what it takes; decoding with the dtype it is to."""
     scheme, found = Scheme.parse(text), {}
-    x = (np.random.default_rng(1).standard_normal(SHAPE) * 0.02).astype(DTYPES[dtype].numpy)
-    n_scales, beside = scheme.scales_shape(SHAPE), scheme.zeros_shape(SHAPE)
+    shape = SQUARES if scheme.granularity == "block" else ROWS
+    x = (np.random.default_rng(1).standard_normal(shape) * 0.02).astype(DTYPES[dtype].numpy)
+    n_scales, beside = scheme.scales_shape(shape), scheme.zeros_shape(shape)
     with simulated(arch) as (backend, counting, wait):
         weights = backend.put(x)
-        packed = backend.empty(scheme.packed_shape(SHAPE), np.uint8)
+        packed = backend.empty(scheme.packed_shape(shape), np.uint8)
         scales = backend.put(np.full(n_scales, 0.001).astype(DTYPES[scheme.scale_storage].numpy))
         zeros = None
         if beside is not None:

@@ -108,14 +108,15 @@ def test_every_opcode_is_of_one_pipe() -> None:
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("scheme", ["int4_g128", "int4_g128_asym", "q4_0"])
+@pytest.mark.parametrize(("scheme", "most"), [("int4_g128", 20), ("int4_g128_asym", 20), ("q4_0", 20), ("nvfp4", 46)])
 @pytest.mark.parametrize("arch", [75, 90])
-def test_ordinary_weights_are_plain(scheme: str, arch: int) -> None:
+def test_ordinary_weights_are_plain(scheme: str, most: int, arch: int) -> None:
     """Groups on the slow path would be right, and several times as long; the result alone does not show them."""
-    counts = measure(scheme, "bfloat16", arch)[f"bfloat16 -> {scheme}"][f"sm_{arch}"]
-    assert counts["ptx_executed"] < 20
-    assert counts["sass_executed"] < 17
-    assert counts["global_bytes"]["sass"] == counts["global_bytes"]["ptx"]
+    found = measure(scheme, "bfloat16", arch)[f"bfloat16 -> {scheme}"]
+    counts = found[f"sm_{arch}"]
+    assert counts["ptx_executed"] < most
+    assert counts["sass_executed"] < most
+    assert counts["global_bytes"]["sass"] == counts["global_bytes"]["ptx"] < 1.2 * found["bytes_per_weight"]
 
 
 @pytest.mark.nvrtc
