@@ -9,7 +9,7 @@ is a code; codes follow from them before they are rounded to how they are stored
     >>> s = Scheme.parse("affine4_g32")
     >>> packed, scales, biases, _ = quantize(np.linspace(-1, 1, 32, dtype=np.float32)[None], s)
     >>> packed[0, :2].tolist(), round(float(scales[0, 0]), 4), round(float(biases[0, 0]), 4)
-    ([255, 238], -0.125, 1.0)
+    ([238, 221], -0.1429, 1.0)
 """
 
 from __future__ import annotations
