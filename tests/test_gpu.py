@@ -10,8 +10,10 @@ import pytest
 
 from arrowquant_gpu import ops, trace
 from arrowquant_gpu.backends import get_backend, pick_device
+from arrowquant_gpu.dtypes import KERNEL_DTYPES
 from arrowquant_gpu.errors import NonFiniteError
 from arrowquant_gpu.formats import pieces as pieces_module
+from arrowquant_gpu.grids import GRIDS
 from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
@@ -159,3 +161,25 @@ def test_a_ring_that_does_not_fit_the_gpu() -> None:
     run_all(device, model)
     device.close()
     del rest
+
+
+OTHER_GRIDS = (
+    *("affine4_g64", "affine3_g32_bf16", "nf4_g64", "fp4_g64", "mxfp4", "mxfp4_round", "mxfp4_ceil", "mxfp8", "nvfp4"),
+    *("nvfp4_local", "e4m3_g128", "e4m3_channel", "e4m3_tensor", "e4m3_b128", "e5m2_channel_f16"),
+    *(name for name, grid in GRIDS.items() if grid.block),
+)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("scheme", OTHER_GRIDS)
+def test_other_grids_equal_the_reference(scheme: str, dtype: str) -> None:
+    """Through `ops`, with the pass over the range where a scheme needs one."""
+    for content in ("normal", "ties", "one_hot", "zeros"):
+        x = make(content, (130, 768), dtype)
+        want, got = ops.quantize(x, scheme, device="reference"), ops.quantize(x, scheme, device="cuda")
+        assert_bitwise_equal(got.packed, want.packed, f"{content}: packed")
+        assert_bitwise_equal(got.scales, want.scales, f"{content}: scales")
+        if want.zeros is not None:
+            assert_bitwise_equal(got.zeros, want.zeros, f"{content}: zeros")
+        decoded = [ops.dequantize(want, dtype, device=device) for device in ("reference", "cuda")]
+        assert_bitwise_equal(decoded[1], decoded[0], f"{content}: decoded")
