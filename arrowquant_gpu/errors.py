@@ -42,7 +42,8 @@ class ScaleOverflowError(InputError):
         self.name, self.scale_dtype, self.count, self.first = name, scale_dtype, count, first
         super().__init__(
             f"{name}: {count} scales do not fit {scale_dtype}; the first is scale number {first}. "
-            f"Store the scales as bfloat16 or float32 (scheme suffix _bf16 or none)."
+            f"Store the scales as bfloat16 or float32 where the scheme has the choice (suffix _bf16 or none), or keep "
+            f"this tensor in float (--ignore)."
         )
 
 

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 class QuantizedTensor:
     """Packed codes with everything needed to decode them. Holds its arrays; copies nothing.
 
-    packed: uint8 [rows, row bytes], laid out as drawn in schemes.py
-    scales: the scheme's scale dtype, [rows, groups of a row] ((1, 1) for granularity tensor)
-    zeros: uint8 of the same shape as scales, or None if the scheme is symmetric
+    packed: uint8 [rows, row bytes], laid out as drawn in schemes.py; of ggml's grids the blocks
+    scales: of dtype `scheme.scale_storage` and shape `scheme.scales_shape(shape)`: [rows, groups of a row], (1, 1) for
+        granularity tensor, one for each square of granularity block, (rows, 0) for ggml's grids
+    zeros: what the grid needs beside scales, of `scheme.zeros_dtype` and `scheme.zeros_shape(shape)`: zero points
+        (int), biases (affine), the global scale (nvfp4); None where there is nothing
     shape: shape of the original tensor
     scheme: how it was quantized
     dtype: name of the original element type (see dtypes.py), which `dequantize` returns by default

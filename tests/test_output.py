@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -177,7 +176,7 @@ WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "map": without_calls,
     "far": lambda patch: patch.setattr(formats_output, "FAR", 0),
     "no map": lambda patch: patch.setattr(mmap, "mmap", refused),
-    "old kernel": lambda patch: patch.setattr(mapped_file, "_libc", SimpleNamespace(madvise=lambda *_: -1)),
+    "old kernel": lambda patch: patch.setattr(mapped_file, "advise", lambda *_: False),
 }
 
 

@@ -103,3 +103,29 @@ def test_a_part_that_is_lost_is_done_again_with_the_others(tmp_path: Path, monke
         for file in sorted((tmp_path / "whole").glob("*.safetensors")):
             assert (target / file.name).read_bytes() == file.read_bytes(), n
     assert n_resumed > 0
+
+
+@pytest.mark.parametrize(
+    ("format_name", "scheme", "alone"),
+    [
+        ("compressed-tensors", "int4_g128", ["o_proj"]),
+        ("gptq", "int4_g128", ["o_proj"]),
+        ("modelopt", "nvfp4", ["o_proj"]),
+        ("bitsandbytes", "nf4_g64", ["o_proj", "q_proj", "v_proj"]),
+        ("mlx", "affine4_g64", ["o_proj", "q_proj", "v_proj"]),
+    ],
+)
+def test_parts_that_engines_fuse_are_kept_alike(
+    tmp_path: Path, format_name: str, scheme: str, alone: list[str]
+) -> None:
+    """One part that the format cannot carry keeps the others, where engines of that format fuse them."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    shapes = {"q_proj": (64, 128), "k_proj": (64, 120), "v_proj": (64, 128), "o_proj": (64, 128)}
+    weights = {f"model.layers.0.self_attn.{p}.weight": np.ones(shape, np.float32) for p, shape in shapes.items()}
+    write_safetensors(folder / "model.safetensors", weights)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    plan = quantize_checkpoint(folder, tmp_path / "q", scheme, format=format_name, dry_run=True)
+    assert sorted(e.info.name.split(".")[-2] for e in plan.entries if e.scheme) == alone
+    fused = [e.reason for e in plan.entries if "fused with model.layers.0.self_attn.k_proj" in e.reason]
+    assert len(fused) == (0 if len(alone) == 3 else 2)

@@ -28,8 +28,9 @@ class Backend(Protocol):
     """What a backend does. Arguments are checked, row-major, and allocated by the caller; nothing is checked again.
 
     `x` is [rows, length] of a dtype in KERNEL_DTYPES, aligned to its element. `packed`, `scales` and `zeros` have the
-    shapes that the scheme gives for it; `zeros` is None where the scheme is symmetric. All of them live where the
-    backend computes: host arrays for `reference` and `cpu`, device arrays for `cuda`.
+    shapes that the scheme gives for it; `zeros` is None where that has nothing beside scales. All of them live where
+    the backend computes: host arrays for `reference` and `cpu`, device arrays for `cuda`. Of granularity block, `x`
+    begins where a square does.
     """
 
     name: str
@@ -47,7 +48,10 @@ class Backend(Protocol):
         ...
 
     def quantize(self, x: Any, scheme: Scheme, packed: Any, scales: Any, zeros: Any | None) -> Findings:
-        """Find scales and write codes in one pass, for granularity group or channel."""
+        """Find scales and write codes in one pass, for every granularity but tensor.
+
+        A global scale, in `zeros`, is known already and read.
+        """
         ...
 
     def quantize_all(self, jobs: Sequence[Job]) -> list[Findings]:
@@ -55,11 +59,11 @@ class Backend(Protocol):
         ...
 
     def value_range(self, x: Any) -> tuple[float, float, Findings]:
-        """(min(0, lowest), max(0, highest), findings) of all of `x`: the first pass of granularity tensor."""
+        """(min(0, lowest), max(0, highest), findings) of all of `x`: the first pass of schemes that need it."""
         ...
 
     def encode(self, x: Any, scheme: Scheme, scales: Any, zeros: Any | None, packed: Any) -> None:
-        """Write codes with scales that are already known."""
+        """Write codes with scales that are already known, for granularity tensor."""
         ...
 
     def dequantize(self, packed: Any, scales: Any, zeros: Any | None, scheme: Scheme, out: Any) -> None:

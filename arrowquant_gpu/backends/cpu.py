@@ -98,7 +98,7 @@ class CpuBackend:
             if x.size == 0:
                 findings[i] = Findings()
             elif scheme.family != "int":
-                tasks[i] = family(scheme).coding(x, scheme, packed, scales, zeros, known=False)
+                tasks[i] = family(scheme.family).coding(x, scheme, packed, scales, zeros, known=False)
             elif scheme.granularity == "channel" and length >= LONG_ROW and rows < 4 * self.threads:
                 findings[i] = self._long_rows(x, scheme, packed, scales, zeros)
             else:
@@ -126,7 +126,7 @@ class CpuBackend:
         packed: NDArray[np.uint8],
     ) -> None:
         if x.size and scheme.family != "int":
-            self._share([family(scheme).coding(x, scheme, packed, scales, zeros, known=True)])
+            self._share([family(scheme.family).coding(x, scheme, packed, scales, zeros, known=True)])
         elif x.size:
             unit = min(cpu_kernels.TILE, _whole_bytes(x.shape[1]))
             self._share([_coding(x, scheme, packed, scales, zeros, unit, known=True)])
@@ -143,7 +143,7 @@ class CpuBackend:
         if out.size == 0:
             return
         if scheme.family != "int":
-            self._share([family(scheme).decoding(packed, scales, zeros, scheme, out)])
+            self._share([family(scheme.family).decoding(packed, scales, zeros, scheme, out)])
             return
         kernel, unit = cpu_kernels.dequantize(), min(cpu_kernels.TILE, _whole_bytes(length))
         arguments = (

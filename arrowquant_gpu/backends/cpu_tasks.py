@@ -54,9 +54,9 @@ class Family(Protocol):
 MODULES = {"affine": ".cpu_affine", "float": ".cpu_floats", "ggml": ".cpu_ggml", "kquant": ".cpu_kquants"}
 
 
-def family(scheme: Scheme) -> Family:
-    """The module for a scheme, imported when first asked for."""
-    module: Any = importlib.import_module(MODULES[scheme.family], __package__)
+def family(name: str) -> Family:
+    """The module of a family, imported when first asked for."""
+    module: Any = importlib.import_module(MODULES[name], __package__)
     return module  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,6 @@ gds       read into GPU memory without passing the host, with kvikio (gpudirect.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import mmap
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, SourceError
 from ..formats import Checkpoint
+from ..formats.mapped_file import MADV_POPULATE_READ, advise
 from . import Load, Reader
 from .decoded import DecodedCheckpoint, DecodedReader
 
@@ -31,13 +31,7 @@ LINE = 64
 # O_DIRECT takes whole blocks of this at addresses that are a multiple of it: no common disk has larger blocks.
 BLOCK = 4096
 
-# Linux 5.14; the mmap module does not know it.
-MADV_POPULATE_READ = 22
-
 log = logging.getLogger(__name__)
-# mmap.madvise keeps the interpreter's lock, though it may wait for the disk; a call through ctypes does not.
-_libc = ctypes.CDLL(None)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def open_reader(name: str, source: Checkpoint) -> Reader:
@@ -93,7 +87,7 @@ class MappedReader:
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         end = min(offset + n_bytes, data.size)
         if start < end:
-            _libc.madvise(data.ctypes.data + start, end - start, advice)
+            advise(data.ctypes.data + start, end - start, advice)
 
     def close(self) -> None:
         """Nothing: the map belongs to the checkpoint."""

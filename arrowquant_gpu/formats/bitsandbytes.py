@@ -54,6 +54,8 @@ class BitsAndBytesSink(ModelSink):
     """
 
     format = "bitsandbytes"
+    # transformers fuses no matrices.
+    fused_alike = False
 
     def __init__(
         self, output: Output, config: Mapping[str, Any] | None, *, double_quant: str = "false", **options: Any

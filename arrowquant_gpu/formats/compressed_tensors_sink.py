@@ -100,6 +100,7 @@ class CompressedTensorsSink(ModelSink):
     """
 
     format = "compressed-tensors"
+    fused_alike = True
 
     def __init__(self, *arguments: Any, activations: str = "none", **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -52,6 +52,7 @@ class Fp8Sink(ModelSink):
     """Writes a model directory. See `ModelSink`."""
 
     format = "fp8"
+    fused_alike = True
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """e4m3_b128 and nothing else. See `Sink`."""

@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 # Linux 5.14; the mmap module does not know them.
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
 
-# mmap.madvise keeps the interpreter's lock, though it may wait for the disk; a call through ctypes does not.
 _libc = ctypes.CDLL(None)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def advise(address: int, n_bytes: int, advice: int) -> bool:
+    """madvise(2) without the interpreter's lock, which mmap.madvise keeps though it may wait for the disk.
+
+    `address` is that of a page. Returns whether the kernel did it.
+    """
+    return int(_libc.madvise(address, n_bytes, advice)) == 0
 
 
 class MappedFile:
@@ -49,6 +56,6 @@ class MappedFile:
             return None
         begin = offset // mmap.PAGESIZE * mmap.PAGESIZE
         advice = MADV_POPULATE_WRITE if for_writing else MADV_POPULATE_READ
-        if _libc.madvise(self._address + begin, end - begin, advice):
+        if not advise(self._address + begin, end - begin, advice):
             return None
         return np.ndarray((lines, n_bytes), np.uint8, self._map, offset, (stride, 1))

@@ -24,10 +24,11 @@ from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..errors import FormatError, SchemeError
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
-from . import Codes, Entry, Place, TensorInfo
+from . import Codes, Entry, Place, TensorInfo, row_parts
+from .ignored_modules import module_of
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Piece
-from .stored_model import StoredModel, row_blocks
+from .stored_model import StoredModel
 
 # The schemes as MLX quantizes them, by those that say the same with another rule for the scales; and their modes.
 NAMES = {"mxfp4": "mxfp4_ceil", "mxfp8": "mxfp8_ceil", "nvfp4": "nvfp4_local"}
@@ -38,6 +39,8 @@ class MlxSink(ModelSink):
     """Writes a model directory for mlx_lm. See `ModelSink`."""
 
     format = "mlx"
+    # mlx_lm fuses no matrices.
+    fused_alike = False
     # What mlx_lm quantizes itself, beside linear layers.
     quantizes = frozenset({"embedding", "head"})
 
@@ -72,22 +75,17 @@ class MlxSink(ModelSink):
 
     def quantized_places(self, piece: Piece, scheme: Scheme) -> list[Place]:
         """See `ModelSink`."""
-        module, row = _module(piece.entry.info.name), piece.row
-        group, width = scheme.group_length(piece.entry.info.shape[1]), DTYPES[scheme.scale_storage].bits // 8
-        row_bytes, groups = scheme.row_bytes(piece.entry.info.shape[1]), piece.entry.info.shape[1] // group
-        n_codes, n_scales = piece.rows * scheme.row_bytes(piece.columns), piece.rows * (piece.columns // group)
-        first = (row * groups + piece.column // group) * width
-        places = [self.place(f"{module}.weight", row * row_bytes + scheme.row_bytes(piece.column), n_codes)]
-        parts = ("scales", "biases") if scheme.family == "affine" else ("scales",)
-        return places + [self.place(f"{module}.{part}", first, n_scales * width) for part in parts]
+        module, found = module_of(piece.entry), row_parts.spans(piece, scheme)
+        parts = zip(("weight", "scales", "biases"), found, strict=True)
+        return [self.place(f"{module}.{part}", *span) for part, span in parts if span is not None]
 
     def quantized_arrays(self, piece: Piece, scheme: Scheme, codes: Codes) -> list[NDArray[Any]]:
         """See `ModelSink`."""
-        return [codes.packed, codes.scales] + ([] if codes.zeros is None else [codes.zeros])
+        return row_parts.arrays(piece, scheme, codes)
 
     def quantization(self, entries: Sequence[Entry]) -> dict[str, Any]:
         """The settings of most modules, and those of each other module by its name. See `ModelSink`."""
-        found = {_module(e.info.name): _settings(e.scheme) for e in entries if e.scheme is not None}
+        found = {module_of(e): _settings(e.scheme) for e in entries if e.scheme is not None}
         common = Counter(tuple(settings.items()) for settings in found.values()).most_common(1)[0][0]
         settings = dict(common) | {module: own for module, own in found.items() if tuple(own.items()) != common}
         return {"quantization": settings, "quantization_config": settings}
@@ -114,14 +112,11 @@ class MlxCheckpoint(StoredModel):
 
     def quantized_blocks(self, entry: Entry, scheme: Scheme) -> Iterator[tuple[int, QuantizedTensor]]:
         """See `StoredModel`."""
-        module, (n, k) = _module(entry.info.name), entry.info.shape
+        module = module_of(entry)
         packed = self.view(self.headers[f"{module}.weight"]).view(np.uint8)
         scales = self.view(self.headers[f"{module}.scales"])
         biases = self.view(self.headers[f"{module}.biases"]) if scheme.family == "affine" else None
-        for row, stop in row_blocks(n, packed.shape[1]):
-            zeros = None if biases is None else biases[row:stop]
-            shape = stop - row, k
-            yield row, QuantizedTensor(packed[row:stop], scales[row:stop], zeros, shape, scheme, entry.info.dtype)
+        yield from row_parts.blocks(packed, scales, biases, entry.info, scheme)
 
     def _entry(self, module: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Entry:
         """The float tensor of a module, all of whose parts are checked against each other."""
@@ -166,7 +161,7 @@ def stored_tensors(info: TensorInfo, scheme: Scheme | None) -> Stored:
     ('uint32', (8, 8))
     """
     assert scheme is not None
-    module, (n, k) = _module(info.name), info.shape
+    module, (n, k) = info.name.removesuffix(".weight"), info.shape
     groups = scheme.scales_shape(info.shape)
     stored: Stored = {
         info.name: ("uint32", (n, k * scheme.bits // 32)),
@@ -179,7 +174,3 @@ def stored_tensors(info: TensorInfo, scheme: Scheme | None) -> Stored:
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": MODES.get(scheme.id, "affine")}
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")

@@ -43,6 +43,7 @@ class ModelOptSink(ModelSink):
     """Writes a model directory. See `ModelSink`."""
 
     format = "modelopt"
+    fused_alike = True
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """nvfp4 and nothing else. See `Sink`."""

@@ -80,6 +80,7 @@ class TransposedSink(ModelSink):
 
     # What a format says.
 
+    fused_alike = True
     bits: tuple[int, ...]
     # What divides K and N.
     row_unit: int
