@@ -30,7 +30,7 @@ from ..formats.targets import target as target_of
 from ..schemes import Scheme
 from .diffusion import decided, explained, modality_of, write_activations
 from .manifest import Manifest, Run, manifest_table, write_manifest
-from .plan import Plan, asked_for, check_share, make_plan
+from .plan import Plan, check_share, make_plan
 from .recipe import Recipe
 from .widths import Widths, revise
 
@@ -186,7 +186,6 @@ def quantize_checkpoint(
         or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
     )
     scheme = scheme or recipe.scheme or target_of(format_name).scheme
-    asked_for(scheme, format_name)
     files = {info.file for info in source.tensors.values()}
     is_directory = target_of(format_name, compression).is_directory
     output = Output(
