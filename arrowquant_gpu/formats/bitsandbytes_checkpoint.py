@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..dtypes import KERNEL_DTYPES
 from ..reference.floats import VALUES
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo
 from .bitsandbytes import BLOCK_SIZES, GRIDS, NESTED_BLOCK, dynamic_map, nested_values
-from .stored_model import StoredModel, row_blocks
+from .stored_model import StoredModel, described, packed_entry, row_blocks
 
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -74,13 +74,13 @@ class BitsAndBytesCheckpoint(StoredModel):
     def _eight_bit(self, name: str) -> Entry:
         stored, scales = self.headers.get(name), self.headers[f"{name.removesuffix('.weight')}.SCB"]
         if stored is None or stored.dtype != "int8" or len(stored.shape) != 2:
-            raise self.fail(f"{name} {_has(stored)}; beside {scales.name} it is int8 of two dimensions")
+            raise self.fail(f"{name} {described(stored)}; beside {scales.name} it is int8 of two dimensions")
         n, k = stored.shape
         self._check(scales.name, "float32", (n,))
         layout = self.headers.get(f"{name}_format")
         if layout is not None and (layout.n_bytes != 1 or self.view(layout).reshape(-1)[0] != 0):
             raise self.fail(f"{layout.name}: only format 0, row by row, can be read")
-        return self._entry(name, self.weight_dtype(name), (n, k), stored, Scheme(8, "channel"))
+        return packed_entry(name, self.weight_dtype(name), (n, k), stored, Scheme(8, "channel"))
 
     def _four_bit(self, name: str, grid: str) -> Entry:
         """The float tensor of a quant_state, all of whose parts are checked against each other."""
@@ -94,7 +94,7 @@ class BitsAndBytesCheckpoint(StoredModel):
             raise self.fail(f"{name}: rows of {k} weights in blocks of {size}, which go from one row to the next")
         stored = self.headers.get(name)
         if stored is None or stored.n_bytes != n * k // 2:
-            raise self.fail(f"{name} {_has(stored)}; {grid} of {shape} has {n * k // 2} bytes")
+            raise self.fail(f"{name} {described(stored)}; {grid} of {shape} has {n * k // 2} bytes")
         blocks = n * k // size
         self._check_values(f"{name}.quant_map", VALUES[grid])
         if "nested_offset" in state:
@@ -107,7 +107,7 @@ class BitsAndBytesCheckpoint(StoredModel):
         else:
             self._check(f"{name}.absmax", "float32", (blocks,))
         self._states[name] = state
-        return self._entry(name, dtype, (n, k), stored, Scheme(4, "group", size, grid=grid))
+        return packed_entry(name, dtype, (n, k), stored, Scheme(4, "group", size, grid=grid))
 
     def _state(self, name: str, grid: str) -> dict[str, Any]:
         if grid not in GRIDS:
@@ -124,17 +124,9 @@ class BitsAndBytesCheckpoint(StoredModel):
     def _check(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
         found = self.headers.get(name)
         if found is None or (found.dtype, found.shape) != (dtype, shape):
-            raise self.fail(f"{name} {_has(found)}; expected {dtype} {list(shape)}")
+            raise self.fail(f"{name} {described(found)}; expected {dtype} {list(shape)}")
         return found
 
     def _check_values(self, name: str, values: NDArray[np.float32]) -> None:
         if not np.array_equal(self.view(self._check(name, "float32", values.shape)), values):
             raise self.fail(f"{name} has other values than those of bitsandbytes, and cannot be read")
-
-    def _entry(self, name: str, dtype: str, shape: tuple[int, int], stored: TensorInfo, scheme: Scheme) -> Entry:
-        n_bytes = DTYPES[dtype].bits // 8 * math.prod(shape)
-        return Entry(TensorInfo(name, dtype, shape, stored.file, stored.offset, n_bytes), scheme, "packed")
-
-
-def _has(found: TensorInfo | None) -> str:
-    return "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"

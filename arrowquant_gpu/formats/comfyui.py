@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..dtypes import KERNEL_DTYPES
 from ..errors import FormatError
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
@@ -32,7 +32,7 @@ from .engine_rules import Rule, broken
 from .ignored_modules import carriers
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Piece
-from .stored_model import StoredModel
+from .stored_model import StoredModel, packed_entry
 
 SCHEME = Scheme.parse("e4m3_tensor")
 CODES = "float8_e4m3fn"
@@ -208,10 +208,7 @@ class ComfyUICheckpoint(StoredModel):
         if found.dtype != "float32" or math.prod(found.shape) != 1:
             raise self.fail(f"{scale} is {found.dtype} {list(found.shape)}; scaled FP8 has one float32")
         self._scales[codes.name] = scale
-        dtype = self.weight_dtype(codes.name)
-        n_bytes = DTYPES[dtype].bits // 8 * math.prod(codes.shape)
-        info = TensorInfo(codes.name, dtype, codes.shape, codes.file, codes.offset, n_bytes)
-        return Entry(info, SCHEME, "packed")
+        return packed_entry(codes.name, self.weight_dtype(codes.name), codes.shape, codes, SCHEME)
 
 
 def stored_tensors(info: TensorInfo, layout: str) -> Stored:

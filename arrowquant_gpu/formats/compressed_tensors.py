@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..dtypes import KERNEL_DTYPES
 from ..errors import SchemeError, SourceError
 from ..ops import scale_rows
 from ..schemes import SCALE_SUFFIXES, Scheme
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo, row_parts
 from .compressed_tensors_layout import CONTAINERS, INTS, NVFP4, PACKED, parsed, stored_tensors
-from .stored_model import StoredModel, row_blocks
+from .stored_model import StoredModel, packed_entry, row_blocks
 
 # Types that codes have under the name of the float weight.
 _CODES = tuple({row.dtype for row in CONTAINERS.values() if not row.codes})
@@ -121,17 +120,10 @@ class CompressedTensorsCheckpoint(StoredModel):
             raise self.fail(f"{name}: {e}") from e
         shape = self._shape_of(name, codes, group.format)
         dtype = scheme.scale_dtype if group.format == PACKED else self.weight_dtype(name)
-        n_bytes = DTYPES[dtype].bits // 8 * math.prod(shape)
-        info = TensorInfo(name, dtype, shape, codes.file, codes.offset, n_bytes)
-        for part, expected in stored_tensors(info, scheme, group.format).items():
-            found = self.headers.get(part)
-            # One number is a tensor of one or of no dimension.
-            shapes = {expected[1], ()} if expected[1] == (1,) else {expected[1]}
-            if found is None or found.dtype != expected[0] or found.shape not in shapes:
-                has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
-                raise self.fail(f"{part} {has}; {scheme.id} {list(shape)} has {expected[0]} {list(expected[1])}")
+        entry = packed_entry(name, dtype, shape, codes, scheme)
+        self.check_parts(stored_tensors(entry.info, scheme, group.format), f"{scheme.id} {list(shape)}")
         self._formats[name] = group.format
-        return Entry(info, scheme, "packed")
+        return entry
 
     def _shape_of(self, name: str, codes: TensorInfo, written: str) -> tuple[int, int]:
         if written != PACKED:

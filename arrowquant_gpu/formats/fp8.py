@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..dtypes import KERNEL_DTYPES
 from ..errors import FormatError
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
@@ -28,7 +28,7 @@ from .engine_rules import Rule, broken
 from .ignored_modules import TIED_HEADS, carriers, ignore_list, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Piece
-from .stored_model import StoredModel
+from .stored_model import StoredModel, packed_entry
 
 SCHEME = Scheme.parse("e4m3_b128")
 CODES = "float8_e4m3fn"
@@ -152,10 +152,7 @@ class Fp8Checkpoint(StoredModel):
             raise self.fail(
                 f"{scale} is {list(found.shape)}; {scheme.id} {list(codes.shape)} has {list(expected)} scales"
             )
-        dtype = self.weight_dtype(codes.name)
-        n_bytes = DTYPES[dtype].bits // 8 * math.prod(codes.shape)
-        info = TensorInfo(codes.name, dtype, codes.shape, codes.file, codes.offset, n_bytes)
-        return Entry(info, scheme, "packed")
+        return packed_entry(codes.name, self.weight_dtype(codes.name), codes.shape, codes, scheme)
 
 
 def stored_tensors(info: TensorInfo) -> Stored:

@@ -13,14 +13,12 @@ quantization/qtensor/nvfp4_tensor.py, version 0.47.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES
 from ..errors import FormatError
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
@@ -29,7 +27,7 @@ from .ignored_modules import TIED_HEADS, carriers, ignore_list, misfit
 from .model_directory import write_json
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Piece
-from .stored_model import StoredModel
+from .stored_model import StoredModel, packed_entry
 
 SCHEME = Scheme.parse("nvfp4")
 DESCRIPTION = "hf_quant_config.json"
@@ -144,15 +142,9 @@ class ModelOptCheckpoint(StoredModel):
         if len(codes.shape) != 2:
             raise self.fail(f"{codes.name} is {codes.dtype} {list(codes.shape)}, no matrix")
         shape, dtype = (codes.shape[0], 2 * codes.shape[1]), self.weight_dtype(codes.name)
-        n_bytes = DTYPES[dtype].bits // 8 * math.prod(shape)
-        info = TensorInfo(codes.name, dtype, shape, codes.file, codes.offset, n_bytes)
-        for part, expected in stored_tensors(info).items():
-            found = self.headers.get(part)
-            shapes = {(), (1,)} if expected[1] == () else {expected[1]}
-            if found is None or found.dtype != expected[0] or found.shape not in shapes:
-                has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
-                raise self.fail(f"{part} {has}; nvfp4 {list(shape)} has {expected[0]} {list(expected[1])}")
-        return Entry(info, SCHEME, "packed")
+        entry = packed_entry(codes.name, dtype, shape, codes, SCHEME)
+        self.check_parts(stored_tensors(entry.info), f"nvfp4 {list(shape)}")
+        return entry
 
 
 def stored_tensors(info: TensorInfo) -> Stored:

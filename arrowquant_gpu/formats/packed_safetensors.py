@@ -13,7 +13,6 @@ the source's with quant_method `arrowquant`; where the source has none, it says 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..tensor import QuantizedTensor
 from . import Codes, Entry, Place, TensorInfo, row_parts
 from .model_sink import RECORD, ModelSink, Stored, kept
 from .pieces import Piece
-from .stored_model import StoredModel
+from .stored_model import StoredModel, packed_entry
 
 METHOD = "arrowquant"
 # Key of the metadata of a file for one tensor.
@@ -121,14 +120,9 @@ class PackedSafetensorsCheckpoint(StoredModel):
             raise self.fail(f"the metadata of {name} have dtype {dtype!r}; expected one of {', '.join(WEIGHT_DTYPES)}")
         if (reason := scheme.misfit(tuple(shape))) is not None:
             raise self.fail(f"{name}: {reason}")
-        n_bytes = DTYPES[dtype].bits // 8 * math.prod(shape)
-        info = TensorInfo(name, dtype, tuple(shape), codes.file, codes.offset, n_bytes)
-        for part, expected in stored_tensors(info, scheme).items():
-            found = self.headers.get(part)
-            if found is None or (found.dtype, found.shape) != expected:
-                has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
-                raise self.fail(f"{part} {has}; {scheme.id} {shape} has {expected[0]} {list(expected[1])}")
-        return Entry(info, scheme, "packed")
+        entry = packed_entry(name, dtype, tuple(shape), codes, scheme)
+        self.check_parts(stored_tensors(entry.info, scheme), f"{scheme.id} {shape}")
+        return entry
 
 
 def stored_tensors(info: TensorInfo, scheme: Scheme) -> Stored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..errors import SourceError
 from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo, safetensors
-from .model_sink import INDEX, RECORD, WEIGHT_DTYPES, config_dtype
+from .model_sink import INDEX, RECORD, WEIGHT_DTYPES, Stored, config_dtype
 from .output import MANIFEST
 
 _BLOCK_BYTES = 16 << 20
@@ -101,6 +102,15 @@ class StoredModel(ABC):
         ]
         return {entry.info.name: entry for entry in found}
 
+    def check_parts(self, parts: Stored, whole: str) -> None:
+        """Raise SourceError, which says that `whole` has these parts, where one is missing or is not like that."""
+        for name, (dtype, shape) in parts.items():
+            found = self.headers.get(name)
+            # One number is a tensor of one or of no dimension.
+            shapes = {(), (1,)} if shape in ((), (1,)) else {shape}
+            if found is None or found.dtype != dtype or found.shape not in shapes:
+                raise self.fail(f"{name} {described(found)}; {whole} has {dtype} {list(shape)}")
+
     def fail(self, words: str) -> SourceError:
         """The error that says so, for the caller to raise."""
         return SourceError(f"{self.path}: {words}")
@@ -155,6 +165,21 @@ class StoredModel(ABC):
             if not (self.path / name).is_file():
                 raise self.fail(f"{name}, which {INDEX} names, is missing")
         return [self.path / name for name in sorted(set(names.values()))]
+
+
+def packed_entry(name: str, dtype: str, shape: tuple[int, ...], codes: TensorInfo, scheme: Scheme) -> Entry:
+    """The entry of a float tensor, which is where its codes are."""
+    n_bytes = DTYPES[dtype].bits // 8 * math.prod(shape)
+    return Entry(TensorInfo(name, dtype, shape, codes.file, codes.offset, n_bytes), scheme, "packed")
+
+
+def described(found: TensorInfo | None) -> str:
+    """What a stored tensor is, for errors.
+
+    >>> described(None), described(TensorInfo("a", "int8", (2, 3), Path("m"), 0, 6))
+    ('is missing', 'is int8 [2, 3]')
+    """
+    return "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
 
 
 def row_blocks(rows: int, row_bytes: int, unit: int = 1) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES, KERNEL_DTYPES
+from ..dtypes import KERNEL_DTYPES
 from ..errors import FormatError, SchemeError
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
@@ -26,7 +26,7 @@ from .engine_rules import Rule
 from .ignored_modules import ANY_SCHEME, carriers, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Cut, Piece
-from .stored_model import StoredModel, row_blocks
+from .stored_model import StoredModel, described, packed_entry, row_blocks
 
 # Rows whose codes and zero points fill whole words at every width: 32 codes of 3 bits are 3 words.
 UNIT = 32
@@ -233,30 +233,24 @@ class TransposedModel(StoredModel):
         module, stored = words.removesuffix(".qweight"), self.headers[words]
         scales = self.headers.get(f"{module}.scales")
         if scales is None or scales.dtype not in KERNEL_DTYPES or len(scales.shape) != 2:
-            has = "is missing" if scales is None else f"is {scales.dtype} {list(scales.shape)}"
-            raise self.fail(f"{module}.scales {has}; expected two dimensions of {', '.join(KERNEL_DTYPES)}")
+            raise self.fail(
+                f"{module}.scales {described(scales)}; expected two dimensions of {', '.join(KERNEL_DTYPES)}"
+            )
         try:
             scheme = self.scheme_of(module, scales.dtype)
         except (SchemeError, TypeError) as e:
             raise self.fail(f"{module}: {e}") from e
         if stored.dtype != "int32" or len(stored.shape) != 2:
-            raise self.fail(f"{words} is {stored.dtype} {list(stored.shape)}; expected two dimensions of int32")
+            raise self.fail(f"{words} {described(stored)}; expected two dimensions of int32")
         n, k = self.weights_shape((stored.shape[0], stored.shape[1]), scheme.bits)
         if not n or not k or n % 8 or k % scheme.group_length(k):
             raise self.fail(f"{words}: [{n}, {k}] weights are not whole groups and words of {scheme.id}")
         groups = scheme.scales_shape((n, k))[1]
-        expected = {
-            "scales": (scales.dtype, (groups, n)),
-            "qzeros": ("int32", (groups, self.zeros_width(n, scheme.bits))),
+        expected: Stored = {
+            f"{module}.scales": (scales.dtype, (groups, n)),
+            f"{module}.qzeros": ("int32", (groups, self.zeros_width(n, scheme.bits))),
         }
-        for part, (dtype, shape) in expected.items():
-            found = self.headers.get(f"{module}.{part}")
-            if found is None or (found.dtype, found.shape) != (dtype, shape):
-                has = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
-                raise self.fail(f"{module}.{part} {has}; {scheme.id} of [{n}, {k}] has {dtype} {list(shape)}")
+        self.check_parts(expected, f"{scheme.id} of [{n}, {k}]")
         self.check_columns(module, k, scheme.group_length(k))
-        dtype = self.weight_dtype(f"{module}.weight")
-        n_bytes = DTYPES[dtype].bits // 8 * n * k
-        return Entry(
-            TensorInfo(f"{module}.weight", dtype, (n, k), stored.file, stored.offset, n_bytes), scheme, "packed"
-        )
+        name = f"{module}.weight"
+        return packed_entry(name, self.weight_dtype(name), (n, k), stored, scheme)
