@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from ..errors import SchemeError
 from ..schemes import SCALE_SUFFIXES, Scheme
 from . import TensorInfo
+from .model_sink import Stored
 
 # The widths whose packing every version of the readers agrees on, and which divide a 32-bit word.
 BITS = (2, 4, 8)
@@ -69,8 +70,6 @@ _NAMED = {
     "mxfp8_round": (MXFP8, "mxfp8_round"),
     "mxfp8_ceil": (MXFP8, "mxfp8_ceil"),
 }
-
-Stored = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def container(scheme: Scheme, activations: str = "none") -> tuple[str, Scheme] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,26 +16,19 @@ from .compressed_tensors_layout import (
     BITS,
     INTS,
     PACKED,
-    Stored,
     activation_arguments,
     container,
     n_words,
     stored_tensors,
     weight_arguments,
 )
-from .engine_rules import Rule, broken
+from .engine_rules import Rule, broken, is_expert
 from .ignored_modules import carriers, ignore_list, misfit, module_of
-from .model_sink import ModelSink
+from .model_sink import ModelSink, Stored
 from .pieces import Cut, Piece
 
 # Group sizes that vLLM's kernels for packed integers (Marlin) have; docs/formats/compressed_tensors.md has the sources.
 MARLIN_GROUPS = (32, 64, 128)
-
-
-def _is_expert(info: TensorInfo) -> bool:
-    """Whether it is one of the experts of a layer, which transformers has in one tensor together."""
-    return re.search(r"\bexperts\.\d+\.", info.name) is not None
-
 
 # Of all formats; of pack-quantized alone; of int-quantized alone.
 RULES = (
@@ -56,12 +48,12 @@ RULES = (
         "transformers",
         "joins the experts of a layer without their global scales and misreads {what}; use --ignore 'experts', or "
         "another scheme for them.",
-        lambda info, scheme: _is_expert(info) and scheme.scale_rule == "global",
+        lambda info, scheme: is_expert(info) and scheme.scale_rule == "global",
     ),
     Rule(
         "transformers",
         "joins the experts of a layer, and refuses {what}; use --ignore 'experts', or another scheme for them.",
-        lambda info, scheme: _is_expert(info) and (not scheme.symmetric or scheme.id in ("mxfp8_round", "mxfp8_ceil")),
+        lambda info, scheme: is_expert(info) and (not scheme.symmetric or scheme.id in ("mxfp8_round", "mxfp8_ceil")),
     ),
 )
 PACKED_RULES = (
@@ -87,7 +79,7 @@ INT_RULES = (
     Rule(
         "transformers",
         "joins the experts of a layer, and refuses those of int-quantized as {what} are; use --ignore 'experts'.",
-        lambda info, scheme: scheme.grid == "int" and _is_expert(info),
+        lambda info, scheme: scheme.grid == "int" and is_expert(info),
     ),
 )
 

@@ -23,12 +23,17 @@ class Rule(NamedTuple):
     breaks: Callable[[TensorInfo, Scheme], bool]
 
 
+def is_expert(info: TensorInfo) -> bool:
+    """Whether it is a matrix of one of the experts of a layer."""
+    return re.search(r"\bexperts\.\d+\.", info.name) is not None
+
+
 # transformers has all experts of a layer in one tensor, and joins them while it loads only where they are float.
 UNFUSED_EXPERTS = Rule(
     "transformers 5",
     "loads no experts that were quantized one by one, as {what} are: it leaves them out, or refuses the model; use "
     "--ignore 'experts' for it.",
-    lambda info, _: re.search(r"\bexperts\.\d+\.", info.name) is not None,
+    lambda info, _: is_expert(info),
 )
 
 
