@@ -19,7 +19,7 @@ from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.engine.hashes import piece_digest, tensor_hash
 from arrowquant_gpu.engine.journal import verify
 from arrowquant_gpu.errors import FormatError, SourceError
-from arrowquant_gpu.formats import Codes, Entry, TensorInfo, gguf_checkpoint
+from arrowquant_gpu.formats import Codes, Entry, TensorInfo, stored_model
 from arrowquant_gpu.formats import gguf as sink_module
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.checkpoint import open_checkpoint
@@ -451,7 +451,7 @@ def test_the_reader_gives_the_model_back(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     file = quantize(folder / name, tmp_path / "a.gguf", "q5_1")
-    monkeypatch.setattr(gguf_checkpoint, "_BLOCK_BYTES", 5000)
+    monkeypatch.setattr(stored_model, "_BLOCK_BYTES", 5000)
     back, w = GgufCheckpoint(file), weights(folder / name)
     assert back.entries.keys() == w.keys()
     for tensor, entry in back.entries.items():

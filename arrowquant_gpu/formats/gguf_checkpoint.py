@@ -19,8 +19,8 @@ from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo
 from .gguf_file import BY_DTYPE, TYPES, GgufTensor, Value, read_header
 from .gguf_homes import RECORD, Home, unpermuted
+from .stored_model import row_blocks
 
-_BLOCK_BYTES = 16 << 20
 # Types that a kept tensor of this dtype may have in a file of this package.
 _KEPT = {"float32": ("F32",), "float16": ("F16", "F32"), "bfloat16": ("BF16", "F32"), "float64": ("F32",)}
 _KEPT |= {"float8_e4m3fn": ("F16", "F32"), "float8_e5m2": ("F16", "F32")}
@@ -70,11 +70,10 @@ class GgufCheckpoint:
             rows, length = length, 1
         row_bytes = length // tensor.type.block * tensor.type.block_bytes
         unit = rows // home.heads if home.heads else 1
-        step = max(1, _BLOCK_BYTES // max(1, row_bytes * unit)) * unit
         begin = tensor.offset + (home.expert or 0) * rows * row_bytes
         data = self._mapped()
-        for row in range(0, rows, step):
-            n = min(step, rows - row)
+        for row, stop in row_blocks(rows, row_bytes, unit):
+            n = stop - row
             part = data[begin + row * row_bytes : begin + (row + n) * row_bytes].reshape(n, row_bytes)
             if home.heads:
                 part = unpermuted(part, unit)
@@ -167,9 +166,7 @@ class GgufCheckpoint:
 
 def _cut(rows: NDArray[np.uint8], width: int) -> Iterator[NDArray[np.uint8]]:
     """Rows as they are; one that is longer than a block in parts of whole elements of `width` bytes."""
-    if rows.shape[1] <= _BLOCK_BYTES:
+    if not rows.shape[1]:
         yield rows
-        return
-    step = _BLOCK_BYTES // width * width
-    for at in range(0, rows.shape[1], step):
-        yield rows[:, at : at + step]
+    for at, stop in row_blocks(rows.shape[1], 1, width):
+        yield rows[:, at:stop]
