@@ -31,6 +31,7 @@ from ..schemes import Scheme, rows_and_length
 from ..tensor import QuantizedTensor
 
 # The least cosine accepted by default: (bits, granularity) -> cosine. docs/verify.md has the measurements.
+# Squares count as groups, and more bits as 8.
 MIN_COSINE: Mapping[int, Mapping[str, float]] = {
     2: {"group": 0.75, "channel": 0.60, "tensor": 0.30},
     3: {"group": 0.93, "channel": 0.88, "tensor": 0.70},
@@ -40,7 +41,7 @@ MIN_COSINE: Mapping[int, Mapping[str, float]] = {
     8: {"group": 0.9995, "channel": 0.9995, "tensor": 0.999},
 }
 
-# Of a type of 8 bits with 2 or 3 bits of mantissa, whatever the granularity.
+# Of e4m3 and e5m2, whatever the granularity: their 3 and 2 bits of mantissa are less than 8 bits of a whole number.
 MIN_COSINE_FLOAT8 = 0.998
 
 # Unit roundoff of each scale type: how far a stored scale may be from the exact one, relatively.
@@ -155,8 +156,9 @@ def verify_checkpoint(
 
     min_cosine: the least cosine of a quantized tensor; by default `MIN_COSINE` of its scheme
     within_step: every weight must also be within half a step of its group, and what the stored scale is off, as
-        min-max quantization promises. This finds a single wrong scale or code, which no cosine shows. Turn it off for
-        checkpoints that were quantized in another way
+        min-max quantization promises; with a grid other than int it must be what the scheme makes of the original.
+        This finds a single wrong scale or code, which no cosine shows. Turn it off for checkpoints that were quantized
+        in another way
     device, threads: as in `quantize`; the figures do not depend on them
     progress: called with (bytes done, bytes in all, tensor name) of `against`
 
@@ -298,22 +300,24 @@ class _Compare:
                     convert(x, divisors, divided)
                 if scheme.family == "int":
                     in_steps, excess = steps_off(divided, decoded, piece)
-                    steps = float(np.maximum(steps, in_steps.max(initial=0)))
-                elif self.within_step:
-                    excess = self._off(divided, decoded, piece).astype(np.float64)
                 else:
-                    excess = np.where(np.isfinite(decoded), 0, np.inf)
+                    in_steps = excess = self._off(divided, decoded, piece).astype(np.float64)
                 recover(decoded, divisors)
                 figures.add(x, decoded)
+                steps = float(np.maximum(steps, in_steps.max(initial=0)))
                 bad = np.flatnonzero(~(excess <= 0))
                 if bad.size and over < 0:
                     over = at + int(bad[0]) // excess.shape[1] * piece.shape[1]
-        if scheme.family != "int":
-            return self._judged(entry, scheme, figures, None, over)
         return self._judged(entry, scheme, figures, steps, over)
 
     def _off(self, original: NDArray[Any], decoded: NDArray[np.float32], q: QuantizedTensor) -> NDArray[np.float32]:
-        """How far decoded weights [rows, n] are from what the scheme makes of the original."""
+        """How far decoded weights [rows, n] are from what the scheme makes of the original, or 0 without `within_step`.
+
+        Infinite where either is not finite.
+        """
+        is_finite = np.isfinite(to_float32(original)) & np.isfinite(decoded)
+        if not self.within_step or not is_finite.all():
+            return np.where(is_finite, np.float32(0), np.float32(np.inf))
         shape, scheme = (decoded.shape[0], decoded.shape[1]), q.scheme
         packed, scales, zeros = np.empty(scheme.packed_shape(shape), np.uint8), q.scales, q.zeros
         expected = np.empty(shape, np.float32)
@@ -333,23 +337,29 @@ class _Compare:
         off: NDArray[np.float32] = np.abs(decoded - expected)  # what is not finite stays so
         return off
 
-    def _judged(self, entry: Entry, scheme: Scheme, figures: Figures, steps: float | None, over: int) -> Finding:
-        """The finding for what was measured; `over` is the first weight of a row that is too far off, or -1."""
+    def _judged(self, entry: Entry, scheme: Scheme, figures: Figures, steps: float, over: int) -> Finding:
+        """The finding for what was measured; `over` is the first weight of a row that is too far off, or -1.
+
+        `steps` is the largest error in steps, of another family than int what `_off` gives.
+        """
         least = least_cosine(scheme) if self.min_cosine is None else self.min_cosine
         row = over // max(1, rows_and_length(entry.info.shape)[1])
-        found = _finding("quantized", entry.info, scheme)._replace(min_cosine=least, max_steps=steps)
-        if not math.isfinite(0.0 if steps is None else steps):
+        is_int = scheme.family == "int"
+        found = _finding("quantized", entry.info, scheme)._replace(
+            min_cosine=least, max_steps=steps if is_int else None
+        )
+        if not math.isfinite(steps):
             problem = f"row {row} is not finite, in the original or decoded"
             return found._replace(cosine=math.nan, sqnr_db=-math.inf, max_error=math.inf, problem=problem)
         found = found._replace(cosine=figures.cosine, sqnr_db=figures.sqnr_db, max_error=figures.max_error)
         if figures.cosine < least:
             return found._replace(problem=f"its cosine {figures.cosine:.6f} is under {least}")
-        if over >= 0 and steps is None:
+        if not self.within_step or over < 0:
+            return found
+        if not is_int:
             return found._replace(problem=f"row {row} is not what {scheme.id} makes of the original")
-        if self.within_step and over >= 0:
-            problem = f"row {row} has a weight further off than rounding explains (largest: {steps:.3g} steps)"
-            return found._replace(problem=problem)
-        return found
+        problem = f"row {row} has a weight further off than rounding explains (largest: {steps:.3g} steps)"
+        return found._replace(problem=problem)
 
 
 def least_cosine(scheme: Scheme) -> float:
