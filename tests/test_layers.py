@@ -61,6 +61,9 @@ HEAVY = {
     "transformers",
     "kvikio",
     "matplotlib",
+    "yaml",
+    "jsonschema",
+    "tomllib",
 }
 
 
