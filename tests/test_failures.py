@@ -315,3 +315,33 @@ def killed_by(source: Path, target: Path, number: int) -> str:
 def run_python(code: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=check)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_end_of_what_must_be_whole(number: signal.Signals) -> None:
+    """Also one that another thread than the main one receives: NumPy's are there before any of ours."""
+    code = f"""
+        import os, signal, sys, threading, time
+        from arrowquant_gpu.engine.interrupts import no_interrupt
+
+        class Told(BaseException):
+            pass
+
+        def tell(number, frame):
+            raise Told
+
+        signal.signal({number:d}, tell)
+        idle = threading.Event()
+        threading.Thread(target=idle.wait, daemon=True).start()
+        is_whole = False
+        try:
+            with no_interrupt():
+                os.kill(os.getpid(), {number:d})
+                time.sleep(0.1)
+                is_whole = True
+            sys.exit("the signal was lost")
+        except Told:
+            assert is_whole
+        assert signal.getsignal({number:d}) is tell
+    """
+    run_python(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import mmap
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -112,6 +114,28 @@ def test_abort_is_harmless_at_any_time(tmp_path: Path) -> None:
     output.begin()
     output.create("a", 1)
     output.abort()
+    output.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["mkdir", "open", "flock"])
+def test_an_interrupt_while_it_begins_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    module = fcntl if step == "flock" else os
+    real = getattr(module, step)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        made = real(*args, **options)
+        if step != "open" or str(args[0]).endswith(".tmp"):
+            raise Killed
+        return made
+
+    output = Output(tmp_path / "out", is_directory=True)
+    monkeypatch.setattr(module, step, interrupted)
+    with pytest.raises(Killed):
+        output.begin()
+    monkeypatch.undo()
     output.abort()
     assert list(tmp_path.iterdir()) == []
 

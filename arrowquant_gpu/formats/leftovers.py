@@ -27,14 +27,15 @@ class Temporary:
         self.path, self._lock = path, lock
 
     @classmethod
-    def make(cls, target: Path) -> Temporary:
-        """A new one beside `target`. Raises OSError."""
-        while True:
-            path = target.parent / f".{target.name}.arrowquant-{secrets.token_hex(6)}.tmp"
-            path.mkdir()
-            lock = _lock(path)
-            if lock >= 0:
-                return cls(path, lock)
+    def named(cls, target: Path) -> Temporary:
+        """A name beside `target` for a new one; nothing is on the disk, so an interrupt leaves nothing behind."""
+        return cls(target.parent / f".{target.name}.arrowquant-{secrets.token_hex(6)}.tmp", -1)
+
+    def make(self) -> bool:
+        """Make and lock it; False where another run, which took it for a leftover, has removed it. Raises OSError."""
+        self.path.mkdir()
+        self._lock = _lock(self.path)
+        return self._lock >= 0
 
     @property
     def journal(self) -> Path:

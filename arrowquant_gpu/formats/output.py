@@ -144,7 +144,8 @@ class Output:
             finally:
                 for one in leftovers:
                     one.release()
-            self._temp = self._temp or Temporary.make(self.target)
+            while self._temp is None or not (self.resumed or self._temp.make()):
+                self._temp = Temporary.named(self.target)
 
     @property
     def journal(self) -> Path:

@@ -64,8 +64,8 @@ class Target:
         if self._output is None:
             self._writer = pa.ipc.new_stream(self._dst, self._schema)
             return self
-        self._output.begin()
         try:
+            self._output.begin()
             if self._kind != "directory":
                 self._open(self._output, self._output.target.name)
         except BaseException:
