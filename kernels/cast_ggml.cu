@@ -14,11 +14,8 @@ __device__ __forceinline__ bool is_infinite(__nv_bfloat16 x) { return (raw_bits(
 __device__ void report(const IN_T* x, const OUT_T* rounded, int n, i64 flat, u64* counters) {
   report_nonfinite(Streamed<IN_T>{x, n, 0, 1}, flat, counters);
 #pragma unroll 1
-  for (int j = 0; j < n; ++j) {
-    if (!is_infinite(rounded[j])) continue;
-    atomicAdd(counters + N_OVERFLOW, 1ull);
-    atomicMax(counters + NOT_FIRST_OVERFLOW, ~static_cast<u64>(flat + j));
-  }
+  for (int j = 0; j < n; ++j)
+    if (is_infinite(rounded[j])) report_overflow(flat + j, counters);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 4)

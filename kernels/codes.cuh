@@ -17,6 +17,21 @@ constexpr u32 ROUND_BITS = 0x4b400000u;
 // Values of the argument `scale_type`.
 constexpr int SCALE_FLOAT32 = 0, SCALE_FLOAT16 = 1, SCALE_BFLOAT16 = 2;
 
+// A scale as it is stored: eps of the storage type for a group of zeros, its smallest positive value for a scale that
+// underflows.
+__device__ __forceinline__ float as_stored(float exact, bool is_zero, int scale_type) {
+  float stored = exact, eps = 1.1920928955078125e-7f, tiny = 1.40129846432481707e-45f;  // 2^-23, 2^-149
+  if (scale_type == SCALE_FLOAT16) {
+    stored = __half2float(__float2half_rn(exact));
+    eps = 9.765625e-4f, tiny = 5.9604644775390625e-8f;  // 2^-10, 2^-24
+  } else if (scale_type == SCALE_BFLOAT16) {
+    stored = __bfloat162float(__float2bfloat16_rn(exact));
+    eps = 7.8125e-3f, tiny = 9.18354961579912115e-41f;  // 2^-7, 2^-133
+  }
+  if (is_zero) return eps;
+  return stored == 0.0f ? tiny : stored;
+}
+
 // The scale and zero point number `index` in memory. `zeros` is null if symmetric; the signed zero point is then 0.
 struct Stored {
   void* scales;

@@ -19,6 +19,8 @@ enum Counter { N_NAN, N_INF, NOT_FIRST, N_OVERFLOW, NOT_FIRST_OVERFLOW, RANGE_HI
 
 constexpr u32 SIGN = 0x80000000u, INF_BITS = 0x7f800000u;
 
+__device__ __forceinline__ float magnitude(float x) { return __uint_as_float(__float_as_uint(x) & ~SIGN); }
+
 // Lowest and highest of some weights and zero, as float bits. Floats of one sign order like their bits: the highest is
 // a signed maximum that starts at 0, the lowest an unsigned maximum that starts at -0.0. NaN is above infinity in both.
 struct Range {
@@ -32,6 +34,8 @@ struct Range {
   __device__ __forceinline__ bool is_finite() const {
     return static_cast<u32>(hi) < INF_BITS && (lo & ~SIGN) < INF_BITS;
   }
+  // The largest magnitude, as bits.
+  __device__ __forceinline__ u32 magnitude() const { return max(static_cast<u32>(hi), lo & ~SIGN); }
   // Adding +0.0 makes a bound of -0.0 a +0.0.
   __device__ __forceinline__ float highest() const { return __fadd_rn(__int_as_float(hi), 0.0f); }
   __device__ __forceinline__ float lowest() const { return __fadd_rn(__uint_as_float(lo), 0.0f); }

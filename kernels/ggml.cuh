@@ -5,8 +5,6 @@
 
 constexpr u32 HALF_INF = 0x7c00u;
 
-__device__ __forceinline__ float magnitude(float x) { return __uint_as_float(__float_as_uint(x) & ~SIGN); }
-
 __device__ __forceinline__ float half_at(const u8* p) {
   return __half2float(__ushort_as_half(*reinterpret_cast<const u16*>(p)));
 }

@@ -16,8 +16,6 @@ constexpr int SCALES_AT = BITS == 2 ? 0 : BITS == 3 ? 96 : BITS == 6 ? 192 : 4;
 constexpr int LOW_AT = BITS == 2 ? 16 : BITS == 3 ? 32 : BITS == 4 ? 16 : BITS == 5 ? 48 : 0;  // 2 or 4 bits of codes
 constexpr int HIGH_AT = BITS == 5 ? 16 : BITS == 6 ? 128 : 0;                                  // the bits above
 
-__device__ __forceinline__ float magnitude(float x) { return __uint_as_float(__float_as_uint(x) & ~SIGN); }
-
 // A word at an address that may be aligned to nothing.
 __device__ __forceinline__ void store_word(u8* p, u32 word) {
   if (is_aligned(p, 4)) {

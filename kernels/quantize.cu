@@ -50,10 +50,7 @@ __device__ void encode_streamed(const Streamed<IN_T>& s, u8* out, const Params& 
 __device__ __forceinline__ void report(const Params& p, const Streamed<IN_T>& s, i64 flat, i64 scale_index,
                                        u64* counters) {
   report_nonfinite(s, flat, counters);
-  if (s.lane == 0 && s.n > 0 && __float_as_uint(p.scale) == INF_BITS) {
-    atomicAdd(counters + N_OVERFLOW, 1ull);
-    atomicMax(counters + NOT_FIRST_OVERFLOW, ~static_cast<u64>(scale_index));
-  }
+  if (s.lane == 0 && s.n > 0 && __float_as_uint(p.scale) == INF_BITS) report_overflow(scale_index, counters);
 }
 
 #if GROUP

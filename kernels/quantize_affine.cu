@@ -122,10 +122,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3)
     const Line line(r);
     if (team.lane == 0 && n > 0) {
       const bool fits = store_as(scales, unit, line.scale, scale_type) & store_as(biases, unit, line.bias, scale_type);
-      if (r.is_finite() && (line.overflows || !fits)) {
-        atomicAdd(counters + N_OVERFLOW, 1ull);
-        atomicMax(counters + NOT_FIRST_OVERFLOW, ~static_cast<u64>(unit));
-      }
+      if (r.is_finite() && (line.overflows || !fits)) report_overflow(unit, counters);
     }
     if (!r.is_finite()) report_nonfinite(Streamed<IN_T>{xg, n, team.lane, team.lanes}, flat, counters);
     const bool wide = n == group && is_aligned(out, WORD_BYTES);

@@ -19,8 +19,7 @@ constexpr float LEAST_ABSMAX = 9.99999935e-39f;  // 1e-38 as float32
 // How the weights of one group become values of the grid.
 struct Params {
   float scale = 1.0f, reciprocal = 1.0f;
-  bool plain =
-      true;  // the product with the reciprocal, or quotient(), is what the definition says where a code could turn
+  bool plain = true;  // the product with the reciprocal, or quotient(), is as defined where a code could turn
 
   __device__ __forceinline__ float quotient(float x) const {
     const float q = __fmul_rn(x, reciprocal);
@@ -72,7 +71,7 @@ struct Rule {
       if (writes) static_cast<u8*>(scales)[index] = static_cast<u8>(byte);
       factor = power_of_two(byte);
     } else if (SCALE == FLOATS) {
-      factor = as_stored(__fdiv_rn(absmax, LARGEST), top == 0);
+      factor = as_stored(__fdiv_rn(absmax, LARGEST), top == 0, scale_type);
       overflows = __float_as_uint(factor) == INF_BITS;
       if (writes) Stored{scales, nullptr, index, scale_type}.write(factor, 0.0f);
     } else {
@@ -87,29 +86,7 @@ struct Rule {
     p.set(factor, top, is_short);
     return overflows;
   }
-
- private:
-  // Eps of the storage type for a group of zeros, its smallest positive value for a scale that underflows.
-  __device__ __forceinline__ float as_stored(float exact, bool is_zero) const {
-    float stored = exact, eps = 1.1920928955078125e-7f, tiny = 1.40129846432481707e-45f;  // 2^-23, 2^-149
-    if (scale_type == SCALE_FLOAT16) {
-      stored = __half2float(__float2half_rn(exact));
-      eps = 9.765625e-4f, tiny = 5.9604644775390625e-8f;  // 2^-10, 2^-24
-    } else if (scale_type == SCALE_BFLOAT16) {
-      stored = __bfloat162float(__float2bfloat16_rn(exact));
-      eps = 7.8125e-3f, tiny = 9.18354961579912115e-41f;  // 2^-7, 2^-133
-    }
-    if (is_zero) return eps;
-    return stored == 0.0f ? tiny : stored;
-  }
 };
-
-__device__ __forceinline__ u32 magnitude_of(const Range& r) { return max(static_cast<u32>(r.hi), r.lo & ~SIGN); }
-
-__device__ __forceinline__ void report_overflow(i64 index, u64* counters) {
-  atomicAdd(counters + N_OVERFLOW, 1ull);
-  atomicMax(counters + NOT_FIRST_OVERFLOW, ~static_cast<u64>(index));
-}
 
 // The codes of a chunk of a plain group.
 __device__ __forceinline__ u64 encode_plain(const Chunk<IN_T>& c, const Params& p, const Codes& codes) {
@@ -186,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3)
     }
 #pragma unroll
     for (const Chunk<IN_T>& c : chunk) range.add(c);
-    const u32 top = magnitude_of(team.reduce(range.range()));
+    const u32 top = team.reduce(range.range()).magnitude();
     Params p;
     const bool is_first = team.lane == 0 && n > 0;
     if (rule.decide(top, unit, n < group, is_first, p) && is_first && top < INF_BITS) report_overflow(unit, counters);
@@ -214,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3)
     for (int k = 0; k < run_groups; ++k) {
       const i64 skipped = min(n, k * group), index = at.row * row_scales + at.index * run_groups + k;
       const Streamed<IN_T> s{x + flat + skipped, min(n - skipped, group), team.lane, team.lanes};
-      const u32 top = magnitude_of(team.reduce(s.range()));
+      const u32 top = team.reduce(s.range()).magnitude();
       const bool is_first = team.lane == 0 && s.n > 0;
       before = p;
       if (rule.decide(top, index, s.n < group, is_first, p) && is_first && top < INF_BITS)
@@ -247,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3)
       range.add(c);
     }
     const Range mine = range.range();
-    const u32 top = magnitude_of(team.reduce(mine));
+    const u32 top = team.reduce(mine).magnitude();
     Params p;
     const bool is_first = threadIdx.x == 0;
     if (rule.decide(top, unit, false, is_first, p) && is_first && top < INF_BITS) report_overflow(unit, counters);
@@ -276,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 3)
     piece.each(team.lane * CHUNK, [&](const Chunk<IN_T>& c, i64 i, int m) {
       RangeOf<IN_T> range;
       range.add(c);
-      p.set(factor, magnitude_of(range.range()), false);
+      p.set(factor, range.range().magnitude(), false);
       if (p.plain)
         store_packed(out + i / CHUNK * BITS, encode_plain(c, p, codes), m, aligned && m == CHUNK);
       else

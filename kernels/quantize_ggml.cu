@@ -36,8 +36,6 @@ struct Held {
   }
 };
 
-__device__ __forceinline__ u32 largest_bits(const Range& r) { return max(static_cast<u32>(r.hi), r.lo & ~SIGN); }
-
 // The weight of the largest magnitude, the first of several, with its sign; 0.0 among zeros.
 __device__ __forceinline__ float largest(const Held& w, const Range& r) {
   const u32 hi = r.hi, lo = r.lo & ~SIGN;
@@ -90,7 +88,7 @@ struct q8_0 : Grid {
 
   __device__ __forceinline__ static bool encode(const Held& w, Staged<BYTES> out, int) {
     const Range r = w.range();
-    const float scale = __fdiv_rn(__uint_as_float(largest_bits(r)), 127.0f), inverse = inverse_of(scale);
+    const float scale = __fdiv_rn(__uint_as_float(r.magnitude()), 127.0f), inverse = inverse_of(scale);
     const bool fits = out.half(0, scale);
 #pragma unroll
     for (int k = 0; k < HELD; k += 4) {
@@ -202,7 +200,7 @@ struct ggml_mxfp4 : Grid {
 
   __device__ __forceinline__ static bool encode(const Held& w, Staged<BYTES> out, int) {
     const Range r = w.range();
-    const u32 e = exponent(largest_bits(r));
+    const u32 e = exponent(r.magnitude());
     const E2m1 e2m1(half_e8m0(e));
     out.p[0] = static_cast<u8>(e);
     out.nibbles(1, [&](int j, int shift) { return e2m1.code(w[j], shift); });
@@ -233,7 +231,7 @@ struct ggml_nvfp4 : Grid {
     for (int part = 0; part < 2; ++part) {
       const Range r = w.range(2 * part, 2);
       is_finite &= r.is_finite();
-      const u32 u = ue4m3(__fdiv_rn(__uint_as_float(largest_bits(r)), 6.0f));
+      const u32 u = ue4m3(__fdiv_rn(__uint_as_float(r.magnitude()), 6.0f));
       const E2m1 e2m1(u ? half_ue4m3(u) : __uint_as_float(INF_BITS));
       const int number = 2 * (unit & 1) + part;
       block[number] = static_cast<u8>(u);
@@ -325,9 +323,7 @@ struct iq4_nl {
 __device__ void report(const IN_T* x, i64 unit, u64* counters) {
   const Streamed<IN_T> mine{x, HELD, 0, 1};
   report_nonfinite(mine, unit * HELD, counters);
-  if (!mine.range().is_finite()) return;
-  atomicAdd(counters + N_OVERFLOW, 1ull);
-  atomicMax(counters + NOT_FIRST_OVERFLOW, ~static_cast<u64>(unit));
+  if (mine.range().is_finite()) report_overflow(unit, counters);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 3)

@@ -174,10 +174,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BITS == 4 || BITS == 5 ? 1 :
 #endif
     __syncwarp();
     if (exists) {
-      if (overflows && team.lane == 0) {
-        atomicAdd(counters + N_OVERFLOW, 1ull);
-        atomicMax(counters + NOT_FIRST_OVERFLOW, ~static_cast<u64>(unit));
-      }
+      if (overflows && team.lane == 0) report_overflow(unit, counters);
       write_block(s, d_bits, dmin_bits, packed + unit * BLOCK_BYTES, team.lane);
     }
     __syncwarp();

@@ -49,19 +49,6 @@ struct minmax {
     if (__float_as_uint(span) != INF_BITS) return __fdiv_rn(span, LEVELS);
     return __fdiv_rn(__fsub_rn(__fmul_rn(hi, 0.5f), __fmul_rn(lo, 0.5f)), LEVELS * 0.5f);
   }
-  // Eps of the storage type for a group of zeros, its smallest positive value for a scale that underflows.
-  __device__ __forceinline__ static float as_stored(float exact, bool is_zero, int scale_type) {
-    float stored = exact, eps = 1.1920928955078125e-7f, tiny = 1.40129846432481707e-45f;  // 2^-23, 2^-149
-    if (scale_type == SCALE_FLOAT16) {
-      stored = __half2float(__float2half_rn(exact));
-      eps = 9.765625e-4f, tiny = 5.9604644775390625e-8f;  // 2^-10, 2^-24
-    } else if (scale_type == SCALE_BFLOAT16) {
-      stored = __bfloat162float(__float2bfloat16_rn(exact));
-      eps = 7.8125e-3f, tiny = 9.18354961579912115e-41f;  // 2^-7, 2^-133
-    }
-    if (is_zero) return eps;
-    return stored == 0.0f ? tiny : stored;
-  }
   __device__ __forceinline__ static float signed_zero(float lo, float scale) {
     return rintf(fminf(fmaxf(__fsub_rn(LOWEST, __fdiv_rn(lo, scale)), LOWEST), HIGHEST));
   }

@@ -135,6 +135,12 @@ struct Streamed {
   }
 };
 
+// Count a scale that overflows, by its flat index.
+__device__ __forceinline__ void report_overflow(i64 index, u64* counters) {
+  atomicAdd(counters + N_OVERFLOW, 1ull);
+  atomicMax(counters + NOT_FIRST_OVERFLOW, ~static_cast<u64>(index));
+}
+
 // Count what is not finite in these weights; x[0] has the flat index `flat`. Rarely called.
 template <typename T>
 __device__ void report_nonfinite(const Streamed<T>& s, i64 flat, u64* counters) {
