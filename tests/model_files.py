@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +48,14 @@ def load(folder: Path) -> dict[str, np.ndarray]:
 def quantize(source: Path, target: Path, scheme: str, **options: Any) -> Path:
     quantize_checkpoint(source, target, scheme, device="reference", **options)
     return target
+
+
+def arrowquant(*args: object) -> None:
+    """Run the command line as a user does: in its own process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "arrowquant_gpu.cli", *map(str, args)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
 
 
 def rewrite(folder: Path, change: Any) -> None:

@@ -25,7 +25,8 @@ from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
 from .bitwise import assert_bitwise_equal
-from .model_files import load, model, quantize, rewrite, torch_tensor, written_in
+from .model_files import decoded_by, load, model, quantize, rewrite, torch_tensor, written_in
+from .real_loaders import decoders
 
 RNG = np.random.default_rng(20261123)
 
@@ -301,3 +302,13 @@ def test_gptqmodel_packs_the_same_words(tmp_path: Path, scheme: str) -> None:
     layer.pack(linear, torch_tensor(scales).float(), torch.from_numpy(all_zeros.astype(np.float32)))
     for part in ("qweight", "qzeros", "scales"):
         assert_bitwise_equal(out[f"a.{part}"], getattr(layer, part).numpy(), part)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", ["int4_g32_asym", "int4_channel"])
+def test_gptqmodel_decodes_what_dequantize_does(tmp_path: Path, scheme: str) -> None:
+    source = model(tmp_path / "m", {"a.weight": RNG.standard_normal((96, 128), np.float32).astype(np.float16)})
+    target = quantize(source, tmp_path / "out", scheme, format="awq")
+    found = decoders.checkpoint(target, ("qweight",), decoders.awq)["a.weight"].numpy()
+    assert_bitwise_equal(np.ascontiguousarray(found), decoded_by(AwqCheckpoint(target), "a.weight", "float16"))

@@ -26,7 +26,8 @@ from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
 from .bitwise import assert_bitwise_equal
-from .model_files import load, model, quantize, rewrite, torch_tensor, written_in
+from .model_files import decoded_by, load, model, quantize, rewrite, torch_tensor, written_in
+from .real_loaders import decoders
 
 RNG = np.random.default_rng(20261122)
 V2 = {"checkpoint_format": "gptq_v2"}
@@ -404,6 +405,18 @@ def test_gptqmodel_packs_the_same_words(tmp_path: Path, bits: int, options: dict
         convert_gptq_v2_to_v1_format_module(layer, quantize_config=_QuantizeConfig(bits))
     for part in ("qweight", "qzeros", "scales", "g_idx"):
         assert_bitwise_equal(out[f"a.{part}"], getattr(layer, part).numpy(), part)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("options", [{}, V2])
+def test_gptqmodel_decodes_what_dequantize_does(tmp_path: Path, bits: int, options: dict[str, str]) -> None:
+    source = model(tmp_path / "m", {"a.weight": RNG.standard_normal((96, 128), np.float32).astype(np.float16)})
+    scheme = f"int{bits}_g32{'_asym' if options else ''}"
+    target = quantize(source, tmp_path / "out", scheme, format="gptq", format_options=options)
+    found = decoders.checkpoint(target, ("qweight",), decoders.gptqmodel)["a.weight"].numpy()
+    assert_bitwise_equal(np.ascontiguousarray(found), decoded_by(GptqCheckpoint(target), "a.weight", "float16"))
 
 
 class _QuantizeConfig:

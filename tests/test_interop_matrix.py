@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from arrowquant_gpu.pipeline.dequantize import dequantize_checkpoint
 from . import damaged_checkpoints as damage
 from .interop_matrix import ENCODER, LANGUAGE, MIXTURE, ROWS, Row
 from .minilm import model_dir
+from .model_files import arrowquant
 from .real_loaders import LOADERS, decoders, llama_cpp, reference
 from .real_loaders.inputs import TEXTS
 from .tiny_models import MODELS
@@ -74,14 +73,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
         return made[model, dtype]
 
     return get
-
-
-def arrowquant(*args: object) -> None:
-    """Run the command line as a user does: in its own process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "arrowquant_gpu.cli", *map(str, args)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
 
 
 def write(row: Row, model: str, source: Path, written: Path, decoded: Path) -> None:
