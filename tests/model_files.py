@@ -50,12 +50,13 @@ def quantize(source: Path, target: Path, scheme: str, **options: Any) -> Path:
     return target
 
 
-def arrowquant(*args: object) -> None:
-    """Run the command line as a user does: in its own process."""
+def arrowquant(*args: object) -> str:
+    """Run the command line as a user does, in its own process: what it prints on stdout."""
     done = subprocess.run(
         [sys.executable, "-m", "arrowquant_gpu.cli", *map(str, args)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
 
 
 def rewrite(folder: Path, change: Any) -> None:

@@ -7,6 +7,7 @@ and what reads it is the table of tests/interop_matrix.py; the loaders and their
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from arrowquant_gpu import quantize_checkpoint
-from arrowquant_gpu.pipeline.dequantize import dequantize_checkpoint
+from arrowquant_gpu import cli
 
 from . import damaged_checkpoints as damage
 from .interop_matrix import ENCODER, LANGUAGE, MIXTURE, ROWS, Row
@@ -35,8 +36,8 @@ pytestmark = [
 # Linear weights of each model: none of them may be left in float without a word.
 N_LINEAR = {"llama": 14, "qwen2": 14, MIXTURE: 32, ENCODER: 36}
 CASES = [(row, model) for row in ROWS for model in (*LANGUAGE, MIXTURE, ENCODER) if row.of(model)]
-# The first row of each format goes through the command line, with one model; the others do the same in this process.
-BY_COMMAND = {(next(row for row in ROWS if row.format == name), LANGUAGE[0]) for name in {row.format for row in ROWS}}
+# The first row of each format runs the command in its own process, with one model; the others run it in this one.
+BY_PROCESS = {(next(row for row in ROWS if row.format == name), LANGUAGE[0]) for name in {row.format for row in ROWS}}
 FILE_SUFFIXES = {"gguf": ".gguf", "comfyui": ".safetensors"}  # of formats that are one file
 
 
@@ -76,27 +77,31 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pat
 
 
 def write(row: Row, model: str, source: Path, written: Path, decoded: Path) -> None:
-    """Quantize a model and decode it again."""
-    if (row, model) in BY_COMMAND:
-        options = itertools.chain.from_iterable(("--format-option", f"{k}={v}") for k, v in row.options)
-        arrowquant("quantize", source, written, "--format", row.format, "--scheme", row.scheme, *options)
-        arrowquant("dequantize", written, decoded, "--dtype", "float32")
-        return
-    how = {"format": row.format, "format_options": dict(row.options), "device": "cpu"}
-    table = quantize_checkpoint(source, written, row.scheme, **how).table
-    assert table["action"].to_pylist().count("quantized") >= N_LINEAR[model]
-    dequantize_checkpoint(written, decoded, dtype="float32", device="cpu")
+    """Quantize a model by the command line, and decode it again."""
+    run = arrowquant if (row, model) in BY_PROCESS else invoked
+    options = itertools.chain.from_iterable(("--format-option", f"{k}={v}") for k, v in row.options)
+    asked = ("--format", row.format, "--scheme", row.scheme, *options)
+    done = json.loads(run("quantize", source, written, *asked, "--device", "cpu", "--json"))
+    assert [tensor["action"] for tensor in done["tensors"]].count("quantized") >= N_LINEAR[model]
+    run("dequantize", written, decoded, "--dtype", "float32", "--device", "cpu")
+
+
+def invoked(*args: object) -> str:
+    """The command line in this process: what it prints on stdout."""
+    done = CliRunner().invoke(cli.app, [*map(str, args)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def written(source: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Written]:
-    """A case of the matrix, written and decoded. Those of the command line are kept, and otherwise the last one: the
+    """A case of the matrix, written and decoded. Those of their own process are kept, and otherwise the last one: the
     tests of a case follow each other."""
     kept: dict[Case, Written] = {}
 
     def get(case: Case) -> Written:
         if case not in kept:
-            for old in kept.keys() - BY_COMMAND:
+            for old in kept.keys() - BY_PROCESS:
                 shutil.rmtree(kept.pop(old).path.parent)
             row, model = case
             folder, origin, suffix = tmp_path_factory.mktemp("written"), source(model, row.source), ""
