@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell ignores Ctrl-C for what it starts with `&`, and every process that a test starts would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.load_profile("soak" if _asks_for_soak(config) else "sample")
     required = frozenset(filter(None, os.environ.get("ARROWQUANT_REQUIRE", "").split(",")))
     if unknown := required - NEEDS.keys():

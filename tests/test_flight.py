@@ -450,21 +450,26 @@ def test_pieces_out_of_order_are_noticed() -> None:
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def serving(*options: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-    """A server in a process of its own, and the line that it prints when it listens."""
+@contextlib.contextmanager
+def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A server in a process of its own, and the line that it prints when it listens; killed where it does not end."""
     command = [sys.executable, "-m", "arrowquant_gpu.cli", "serve", "--json", "--device", "cpu", *options]
     if "--location" not in options:
         command += ["--location", "grpc://127.0.0.1:0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    return process, json.loads(process.stdout.readline())
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, json.loads(process.stdout.readline())
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_command(tmp_path: Path, sent: int, code: int) -> None:
-    process, ready = serving("--store", str(tmp_path), "--max-clients", "3", "--memory-limit", "90MiB")
-    with process:
+    with serving("--store", str(tmp_path), "--max-clients", "3", "--memory-limit", "90MiB") as (process, ready):
         assert (ready["max_clients"], ready["message_bytes"]) == (3, 10 << 20)
         with Client(ready["location"]) as client:
             client.put("x", arrays(), scheme="int4_g32")

@@ -414,8 +414,7 @@ def test_closing_finishes_what_runs_and_ends_what_does_not(monkeypatch: pytest.M
 
 def test_a_server_that_is_killed_is_an_error_of_its_clients() -> None:
     """And not the end of their process, nor a wait without end."""
-    process, ready = serving()
-    with process:
+    with serving() as (process, ready):
         weights = {f"w{i}": np.ones((64, 4096), np.float32) for i in range(64)}
         with Client(ready["location"], message_bytes=1 << 18) as client:
             stream, _ = client.quantize_stream(weights)
