@@ -1,9 +1,9 @@
-"""Family float: its schemes, weights that try its formulas, and a backend's results of them against the reference."""
+"""Family float: its schemes, weights that try its formulas, a backend's results of them against the reference, and
+faults of its kernels."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from arrowquant_gpu.reference import Findings
 from arrowquant_gpu.reference.floats import MIDPOINTS
 from arrowquant_gpu.schemes import Scheme
 
-from . import cases
+from . import cases, grid_cases
 from .bitwise import assert_bitwise_equal
+from .grid_cases import Case, Contents, Faults
 
 F32 = np.float32
 
@@ -57,7 +58,7 @@ def _ranges(rng: np.random.Generator, n: int) -> np.ndarray:
     return (rng.standard_normal(n) * np.exp2(rng.integers(-130, 120, n // 16 + 1).repeat(16)[:n])).astype(F32)
 
 
-CONTENTS: Mapping[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+CONTENTS: Contents = {
     **cases.CONTENTS,
     "steps": _steps,
     "powers": _powers,
@@ -65,14 +66,11 @@ CONTENTS: Mapping[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "scaled_midpoints": _scaled_midpoints,
     "ranges": _ranges,
 }
-Case = tuple[Scheme, str, tuple[int, int], str]
 
 
 def sample(n: int, seed: int) -> Iterator[Case]:
-    """n cases of schemes x dtypes x shapes x contents, chosen by a fixed seed."""
-    table = list(itertools.product(SCHEMES, KERNEL_DTYPES, SHAPES, CONTENTS))
-    for i in np.random.default_rng(seed).permutation(len(table))[:n]:
-        yield table[i]
+    """n cases of schemes x dtypes x shapes x contents."""
+    return grid_cases.sample(SCHEMES, SHAPES, CONTENTS, n, seed)
 
 
 def make(content: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
@@ -93,8 +91,8 @@ def range_solution(x: np.ndarray, scheme: Scheme) -> tuple[np.ndarray | None, np
     return reference.solve(np.full((1, 1), values.min(initial=0)), np.full((1, 1), values.max(initial=0)), scheme)
 
 
-def compare(backend: Backend, x: np.ndarray, scheme: Scheme, decoded: str = "float32") -> None:
-    """Encode `x` and decode it to `decoded`; raise unless all equals the reference, findings included."""
+def check(backend: Backend, x: np.ndarray, scheme: Scheme, dtypes: Iterable[str] = KERNEL_DTYPES) -> None:
+    """As `grid_cases.check`, with the range of `x` given to the schemes that need it."""
     scale, divisor, _ = range_solution(np.nan_to_num(x.astype(F32), posinf=0, neginf=0), scheme)
     packed, scales, zeros, findings = reference.quantize(x, scheme, divisor)
     got_packed = backend.put(np.full(packed.shape, 0xA5, np.uint8))
@@ -108,29 +106,52 @@ def compare(backend: Backend, x: np.ndarray, scheme: Scheme, decoded: str = "flo
         got_scales = backend.put(np.full(scales.shape, 0xA5, np.uint8).astype(scales.dtype))
         found = backend.quantize(backend.put(x), scheme, got_packed, got_scales, placed_divisor)
         if found != findings:
-            raise AssertionError(f"findings: got {found}, want {findings}")
+            raise AssertionError(f"findings differ: got {found}, want {findings}")
         if findings != Findings():
             return
     assert_bitwise_equal(_host(backend, got_scales), scales, "scales")
     assert_bitwise_equal(_host(backend, got_packed), packed, "packed")
-    out = backend.empty(x.shape, DTYPES[decoded].numpy)
-    backend.dequantize(got_packed, got_scales, placed_divisor, scheme, out)
-    want = reference.dequantize(packed, scales, zeros, scheme, x.shape[1], decoded)
-    assert_bitwise_equal(_host(backend, out), want, "decoded")
+    for dtype in dtypes:
+        out = backend.empty(x.shape, DTYPES[dtype].numpy)
+        backend.dequantize(got_packed, got_scales, placed_divisor, scheme, out)
+        want = reference.dequantize(packed, scales, zeros, scheme, x.shape[1], dtype)
+        assert_bitwise_equal(_host(backend, out), want, f"{scheme} {dtype}")
 
 
-def check(backend: Backend, table: Iterator[Case]) -> int:
-    """`compare` every case; returns how many there were."""
-    n = 0
-    for n, (scheme, dtype, shape, content) in enumerate(table, 1):
-        try:
-            compare(backend, make(content, shape, dtype), scheme, KERNEL_DTYPES[n % 3])
-        except AssertionError as e:
-            raise AssertionError(f"{scheme} of {dtype} {shape} {content}: {e}") from e
-    return n
+def check_counts(backend: Backend, names: Iterable[str]) -> None:
+    """What is not finite or overflows is counted, whatever the shape of a unit of work."""
+    for name in names:
+        grid_cases.check_not_finite(backend, name, (5, 333), (3, 332, 400, 401, 1000, 1664), check)
+    for name in ("e4m3_g32_f16", "e5m2_channel_f16", "e4m3_b128_f16"):
+        grid_cases.check_overflows(backend, name, (3, 300), ((590, 3e38), (600, -3e38)), check)
 
 
 def _host(backend: Backend, a: object) -> np.ndarray:
     out = np.empty(a.shape, a.dtype)  # type: ignore[attr-defined] - an array of the backend
     backend.get(a, out)
     return out
+
+
+# What is wrong in the kernels: see `grid_cases.Faults`.
+FAULTS: Faults = {
+    "a bin too wide": ("float_codes.cuh", "__fmul_rn(v, 15.0f)", "__fmul_rn(v, 8.0f)", "nf4_g64"),
+    "a midpoint": ("float_codes.cuh", "v > __uint_as_float(entry.x)", "v >= __uint_as_float(entry.x)", "nf4_g17"),
+    "the tie of a negative value": ("float_codes.cuh", "+ (__float_as_uint(v) >> 31)", "", "fp4_g17"),
+    "the sign of what is nearest to zero": ("float_codes.cuh", "v > 0.0f : v", "v < 0.0f : v", "fp4_g64"),
+    "the least exponent": ("floats.cuh", "Small<3, 121>", "Small<3, 120>", "mxfp8"),
+    "ties to even where they go down": ("floats.cuh", "? code - 1 : code", "? code : code", "mxfp4_ceil"),
+    "the sign of zero": ("float_codes.cuh", "__fadd_rn(v, 0.0f)", "v", "mxfp4"),
+    "a quotient that is not corrected": ("quantize_floats.cu", ", reciprocal, q)", ", 0.0f, q)", "e4m3_channel"),
+    "a tail that is multiplied": (
+        "quantize_floats.cu",
+        "plain &= !is_short",
+        "plain &= is_short || !is_short",
+        "nf4_g64",
+    ),
+    "the tail's least absmax": ("quantize_floats.cu", "is_short ? fmaxf", "false ? fmaxf", "nf4_g64"),
+    "the rounding of an exponent": ("quantize_floats.cu", "static_cast<u32>(rounding)", "0u", "mxfp8_round"),
+    "a scale of zero": ("quantize_floats.cu", "SCALE == GLOBAL && byte == 0", "false", "nvfp4"),
+    "the scale of zeros": ("quantize_floats.cu", "top == 0 ? of_zeros", "false ? of_zeros", "mxfp4_ceil"),
+    "a value": ("dequantize_floats.cu", "0.44070983f", "0.4407099f", "nf4_g64"),
+    "rows of a square": ("dequantize_floats.cu", "at.row / band", "at.row", "e4m3_b128"),
+}

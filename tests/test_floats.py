@@ -17,7 +17,8 @@ from arrowquant_gpu.reference import Findings, floats
 from arrowquant_gpu.schemes import Scheme
 
 from .bitwise import assert_bitwise_equal
-from .float_cases import SCHEMES, check, compare, make, sample
+from .float_cases import SCHEMES, check, make, sample
+from .grid_cases import check_cases
 from .test_backends import PATTERNS
 
 F32 = np.float32
@@ -156,7 +157,7 @@ def test_the_global_scale() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_cpu_backend(threads: int) -> None:
-    assert check(get_backend("cpu", threads), sample(1000, seed=threads)) == 1000
+    assert check_cases(get_backend("cpu", threads), sample(1000, seed=threads), make, check) == 1000
 
 
 def test_scales_that_are_known() -> None:
@@ -178,14 +179,14 @@ def test_what_is_not_finite_is_counted(dtype: str) -> None:
     for at, pattern in zip((3, 332, 400, 401, 1000, 43000), PATTERNS[dtype], strict=True):
         bits[at] = pattern
     for scheme in SCHEMES:
-        compare(get_backend("cpu", 2), x, scheme)
+        check(get_backend("cpu", 2), x, scheme)
 
 
 def test_scales_that_overflow_are_counted() -> None:
     x = make("normal", (300, 300), "float32")
     x[0, 200], x[1, 290], x[299, 299] = 3e38, 1e30, -2e38
     for text in ("e4m3_g32_f16", "e5m2_channel_f16", "e5m2_b128_f16"):
-        compare(get_backend("cpu", 2), x, Scheme.parse(text))
+        check(get_backend("cpu", 2), x, Scheme.parse(text))
     found = reference.quantize(x, Scheme.parse("e5m2_b128_f16"))[3]
     assert (found.n_overflow, found.first_overflow) == (3, 1)
     with pytest.raises(ScaleOverflowError):

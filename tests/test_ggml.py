@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,142 +21,16 @@ from arrowquant_gpu.grids import GRIDS
 from arrowquant_gpu.reference import Findings, ggml
 from arrowquant_gpu.schemes import Scheme
 
-from . import cases
 from .bitwise import assert_bitwise_equal
-from .test_backends import BACKENDS, PATTERNS, dequantize, quantize
+from .ggml_cases import CONTENTS, IDS, SCHEMES, check_any_bytes, check_counts, make
+from .grid_cases import F32, check, check_cases
+from .test_backends import BACKENDS
 from .test_cpu_backend import run
-
-F32 = np.float32
-SCHEMES = [Scheme.parse(name) for name, grid in GRIDS.items() if grid.family == "ggml"]
-IDS = [scheme.id for scheme in SCHEMES]
-Case = tuple[Scheme, str, tuple[int, int], str]
-
-
-def _signed_zeros(rng: np.random.Generator, n: int) -> np.ndarray:
-    """No weight below zero, and zeros of both signs among them."""
-    x = np.abs(rng.standard_normal(n)).astype(F32)
-    x[rng.random(n) < 0.6] = 0
-    return np.where((x == 0) & (rng.random(n) < 0.5), F32(-0.0), x)
-
-
-def _near_powers(rng: np.random.Generator, n: int) -> np.ndarray:
-    """The largest of 32 a few steps below, at, or above a power of two."""
-    x = rng.uniform(-0.3, 0.3, n).astype(F32)
-    size = -(-n // 32)
-    powers = np.exp2(rng.integers(-120, 100, size)).astype(F32)
-    steps = rng.integers(-50, 3, size).astype(np.int32)
-    near = (powers.view(np.int32) + steps).view(F32)
-    x = (x.reshape(-1, n)[0] * np.repeat(powers, 32)[:n]).astype(F32)
-    x[::32] = near
-    return x
-
-
-def _grid_ties(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Halfway between two values of e2m1 and of small whole numbers, at several scales."""
-    values = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6], F32)
-    x = rng.choice(np.concatenate([values, -values]), n)
-    x[::32] = rng.choice(np.array([6, -6, 7.9, 4], F32), len(x[::32]))
-    return (x * np.exp2(np.repeat(rng.integers(-9, 9, -(-n // 32)), 32)[:n])).astype(F32)
-
-
-def _both_signs(rng: np.random.Generator, n: int) -> np.ndarray:
-    """The largest magnitude twice or more, with both signs."""
-    return rng.integers(-4, 5, n).astype(F32) * F32(0.125)
-
-
-def _halves(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Halves of steps of q8_0 and q4_0, and the floats next to them."""
-    x = (rng.integers(-127, 127, n) + 0.5).astype(F32)
-    small = rng.random(n) < 0.5
-    x[small] = rng.choice(np.array([0.5, -0.5, 1.5, -2.5], F32), int(small.sum()))
-    x = np.nextafter(x, (x * rng.integers(0, 3, n)).astype(F32))
-    x[::32] = rng.choice(np.array([127, -127, 8, -8, 15, 31], F32), len(x[::32]))
-    return x
-
-
-# What else there is than in tests/cases.py.
-CONTENTS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    **cases.CONTENTS,
-    "signed_zeros": _signed_zeros,
-    "near_powers": _near_powers,
-    "grid_ties": _grid_ties,
-    "both_signs": _both_signs,
-    "halves": _halves,
-    "heavy_tailed": lambda rng, n: (rng.standard_t(3, n) * 0.02).astype(F32),
-    "of_any_size": lambda rng, n: (rng.standard_normal(n) * np.exp2(np.arange(n) // 32 % 60 - 40)).astype(F32),
-}
-
-
-def make(content: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """The [rows, length] tensor of one case: finite in its dtype, the same on every machine."""
-    if content in cases.CONTENTS:
-        return cases.make(content, shape, dtype)
-    rng = np.random.default_rng([*content.encode(), *shape])
-    target = DTYPES[dtype].numpy
-    info = ml_dtypes.finfo(target)
-    with np.errstate(over="ignore", under="ignore"):
-        x = np.clip(CONTENTS[content](rng, shape[0] * shape[1]), F32(info.min), F32(info.max))
-        return x.astype(target).reshape(shape)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return get_backend(request.param)
-
-
-def check(backend: Backend, x: np.ndarray, scheme: Scheme, dtypes: Iterable[str] = KERNEL_DTYPES) -> None:
-    """Encode `x` and decode the result to `dtypes`; raise unless all equals the reference, findings included."""
-    packed, scales, zeros, findings = reference.quantize(x, scheme)
-    got = quantize(backend, x, scheme)
-    if got[3] != findings:
-        raise AssertionError(f"findings differ: got {got[3]}, want {findings}")
-    if findings != Findings():
-        return
-    assert_bitwise_equal(got[0], packed, "packed")
-    assert got[1].shape == scales.shape == (x.shape[0], 0)
-    assert got[2] is None
-    assert zeros is None
-    for dtype in dtypes:
-        want = reference.dequantize(packed, scales, zeros, scheme, x.shape[1], dtype)
-        assert_bitwise_equal(dequantize(backend, packed, scales, zeros, scheme, x.shape[1], dtype), want, dtype)
-
-
-def check_counts(backend: Backend, names: Sequence[str]) -> None:
-    """What is not finite is counted, and so are blocks that overflow."""
-    for name, dtype in itertools.product(names, KERNEL_DTYPES):
-        x = make("normal", (5, 320), dtype)
-        bits = x.view(f"u{x.itemsize}").reshape(-1)
-        for at, pattern in zip((3, 319, 400, 401, 1000, 1599), PATTERNS[dtype], strict=True):
-            before = bits[at].copy()
-            bits[at] = pattern
-            check(backend, x, Scheme.parse(name))
-            bits[at] = before
-        bits[[3, 400, 1599]] = PATTERNS[dtype][:3]
-        check(backend, x, Scheme.parse(name))
-    for name in names:
-        x = make("normal", (4, 320), "float32")
-        for at, value in ((1000, 65519.0), (170, -65519.9), (1001, 65520.0), (650, 2e6), (651, 1e7), (30, -3e38)):
-            x.reshape(-1)[at] = value
-            check(backend, x, Scheme.parse(name))
-
-
-def check_decode(backend: Backend, scheme: Scheme) -> None:
-    """Bytes that no encoder wrote, with every value of a scale that is not NaN."""
-    rng = np.random.default_rng(11)
-    grid, length = GRIDS[scheme.grid], 128
-    packed = rng.integers(0, 256, (97, scheme.row_bytes(length)), np.uint8)
-    if scheme.grid not in ("ggml_mxfp4", "ggml_nvfp4"):
-        halves = packed.reshape(-1, grid.block_bytes)[:, : 4 if scheme.grid in ("q4_1", "q5_1") else 2].copy()
-        words = halves.view(np.uint16)
-        exponent = 0x7F80 if scheme.grid == "bf16" else 0x7C00
-        words[words & exponent == exponent] ^= 0x400
-        packed.reshape(-1, grid.block_bytes)[:, : halves.shape[1]] = words.view(np.uint8)
-    scales = np.empty((97, 0), np.float16)
-    for dtype in KERNEL_DTYPES:
-        want = reference.dequantize(packed, scales, None, scheme, length, dtype)
-        assert_bitwise_equal(
-            dequantize(backend, packed, scales, None, scheme, length, dtype), want, f"{scheme} {dtype}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,16 +39,13 @@ def check_decode(backend: Backend, scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
 def test_a_backend_gives_the_bytes_of_the_reference(backend: Backend, scheme: Scheme) -> None:
-    for dtype, shape, content in itertools.product(KERNEL_DTYPES, ((1, 64), (7, 320), (3, 1024)), CONTENTS):
-        try:
-            check(backend, make(content, shape, dtype), scheme, [KERNEL_DTYPES[len(content) % 3]])
-        except AssertionError as e:
-            raise AssertionError(f"{scheme} of {dtype} {shape} {content}: {e}") from e
+    table = list(itertools.product([scheme], KERNEL_DTYPES, ((1, 64), (7, 320), (3, 1024)), CONTENTS))
+    assert check_cases(backend, table, make) == len(table)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
 def test_a_backend_decodes_any_bytes(backend: Backend, scheme: Scheme) -> None:
-    check_decode(backend, scheme)
+    check_any_bytes(backend, scheme)
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -382,11 +252,12 @@ def test_other_instruction_sets_give_the_same_bytes(target: str, tmp_path: Path)
     """SSE2 only, and AVX2 without AVX-512: what Numba compiles for on older machines."""
     code = """
         from arrowquant_gpu.backends.cpu import CpuBackend
-        from tests.test_ggml import CONTENTS, SCHEMES, check, check_decode, make
+        from tests.ggml_cases import CONTENTS, SCHEMES, check_any_bytes, make
+        from tests.grid_cases import check
         for scheme in SCHEMES:
             for content in CONTENTS:
                 check(CpuBackend(1), make(content, (3, 320), "bfloat16"), scheme)
-            check_decode(CpuBackend(1), scheme)
+            check_any_bytes(CpuBackend(1), scheme)
         print("same")
         """
     assert run(code, NUMBA_CPU_NAME=target, NUMBA_CPU_FEATURES="", NUMBA_CACHE_DIR=str(tmp_path)) == "same"

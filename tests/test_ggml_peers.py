@@ -19,8 +19,8 @@ from arrowquant_gpu.reference import Findings
 from arrowquant_gpu.schemes import Scheme
 
 from .bitwise import assert_bitwise_equal
+from .ggml_cases import CONTENTS, IDS, make
 from .test_backends import dequantize, quantize
-from .test_ggml import CONTENTS, IDS, make
 
 pytestmark = pytest.mark.interop
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 import sys
-from collections.abc import Callable, Iterable, Sequence
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,133 +13,18 @@ from hypothesis import strategies as st
 
 from arrowquant_gpu import reference
 from arrowquant_gpu.backends import Backend, get_backend
-from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES
-from arrowquant_gpu.grids import GRIDS
+from arrowquant_gpu.dtypes import KERNEL_DTYPES
 from arrowquant_gpu.reference import Findings, kquants, kquants_search
 from arrowquant_gpu.schemes import Scheme
 
-from . import cases
 from .bitwise import assert_bitwise_equal
 from .gpuless.stand_in import edited_module
-from .test_backends import PATTERNS, dequantize, quantize
+from .grid_cases import F32, check, check_cases
+from .kquants_cases import CONTENTS, IDS, SCHEMES, check_any_bytes, check_counts, make, random_blocks
+from .test_backends import quantize
 
-F32 = np.float32
-SCHEMES = [Scheme.parse(name) for name, grid in GRIDS.items() if grid.family == "kquant"]
-IDS = [scheme.id for scheme in SCHEMES]
 # Whole batches of 2 and of 4 blocks, parts of them, and rows that begin within one.
 SHAPES = ((1, 256), (3, 768), (7, 256), (1, 2560))
-Case = tuple[Scheme, str, tuple[int, int], str]
-
-
-def _one_subblock(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Zeros but for one sub-block of 16 of a block, which is of either sign."""
-    x = np.zeros((n // 256, 16, 16), F32)
-    at = np.arange(len(x))
-    x[at, rng.integers(0, 16, len(x))] = rng.standard_normal((len(x), 16))
-    return x.reshape(n)
-
-
-def _subblocks_of_any_size(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Most scales of a block are a small multiple of its step, or 0."""
-    return (rng.standard_normal(n) * np.exp2(rng.integers(-16, 6, n // 16)).repeat(16)).astype(F32)
-
-
-def _same_magnitudes(rng: np.random.Generator, n: int) -> np.ndarray:
-    """The largest magnitude several times, with both signs: the first of them decides."""
-    return rng.choice(np.array([0.5, -0.5, 0.25, 0], F32), n)
-
-
-def _mirrored(rng: np.random.Generator, n: int) -> np.ndarray:
-    """All sub-blocks of a block are the same but for their signs, and so are their scales: the first decides."""
-    x = rng.standard_normal((n // 256, 1, 16)) * rng.choice([1, -1], (n // 256, 16, 1))
-    return x.reshape(n).astype(F32)
-
-
-def _outliers(rng: np.random.Generator, n: int) -> np.ndarray:
-    x = rng.standard_normal(n) * 0.02
-    x[::61] *= 50
-    return x.astype(F32)
-
-
-# What else there is than in tests/cases.py.
-CONTENTS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    **cases.CONTENTS,
-    "laplace": lambda rng, n: rng.laplace(size=n).astype(F32) * F32(0.02),
-    "heavy_tailed": lambda rng, n: (rng.standard_t(3, n) * 0.02).astype(F32),
-    "outliers": _outliers,
-    "one_subblock": _one_subblock,
-    "subblocks_of_any_size": _subblocks_of_any_size,
-    "same_magnitudes": _same_magnitudes,
-    "mirrored": _mirrored,
-    "flat": lambda rng, n: np.repeat(rng.standard_normal(n // 32), 32).astype(F32),
-    "near_overflow": lambda rng, n: (
-        rng.standard_normal(n) * np.exp2(rng.uniform(14, 30, n // 256)).repeat(256)
-    ).astype(F32),
-}
-
-
-def make(content: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """The [rows, length] tensor of one case: finite in its dtype, the same on every machine."""
-    if content in cases.CONTENTS:
-        return cases.make(content, shape, dtype)
-    rng = np.random.default_rng([*content.encode(), *shape])
-    target = DTYPES[dtype].numpy
-    info = ml_dtypes.finfo(target)
-    x = np.clip(CONTENTS[content](rng, shape[0] * shape[1]), F32(info.min), F32(info.max))
-    return x.astype(target).reshape(shape)
-
-
-def check(backend: Backend, x: np.ndarray, scheme: Scheme, dtypes: Iterable[str] = KERNEL_DTYPES) -> None:
-    """Encode `x` and decode the result to `dtypes`; raise unless all equals the reference, findings included."""
-    packed, scales, zeros, findings = reference.quantize(x, scheme)
-    got = quantize(backend, x, scheme)
-    if got[3] != findings:
-        raise AssertionError(f"findings differ: got {got[3]}, want {findings}")
-    if findings != Findings():
-        return
-    assert_bitwise_equal(got[0], packed, "packed")
-    assert got[1].shape == scales.shape == (x.shape[0], 0)
-    assert got[2] is None
-    assert zeros is None
-    for dtype in dtypes:
-        want = reference.dequantize(packed, scales, zeros, scheme, x.shape[1], dtype)
-        assert_bitwise_equal(dequantize(backend, packed, scales, zeros, scheme, x.shape[1], dtype), want, dtype)
-
-
-def check_counts(backend: Backend, names: Sequence[str]) -> None:
-    """What is not finite is counted, and so are blocks that overflow."""
-    for name, dtype in itertools.product(names, KERNEL_DTYPES):
-        x = make("normal", (5, 512), dtype)
-        bits = x.view(f"u{x.itemsize}").reshape(-1)
-        for at, pattern in zip((3, 511, 700, 701, 1000, 2559), PATTERNS[dtype], strict=True):
-            before = bits[at].copy()
-            bits[at] = pattern
-            check(backend, x, Scheme.parse(name))
-            bits[at] = before
-        bits[[3, 700, 2559]] = PATTERNS[dtype][:3]
-        check(backend, x, Scheme.parse(name))
-    for name in names:
-        x = make("normal", (4, 512), "float32")
-        for at, value in ((1000, 4e6), (1700, -7e7), (1001, 1e9), (300, 3e12), (301, -3e19), (30, 3e38)):
-            x.reshape(-1)[at] = value
-            check(backend, x, Scheme.parse(name))
-
-
-def random_blocks(scheme: Scheme, n: int, seed: int) -> np.ndarray:
-    """Bytes that no encoder wrote, with every value of d and dmin that is finite: [n, bytes of a block]."""
-    packed = np.random.default_rng(seed).integers(0, 256, (n, scheme.row_bytes(256)), np.uint8)
-    for at in {"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}[scheme.id]:
-        high = packed[:, at + 1]
-        high[high & 0x7C == 0x7C] ^= 4
-    return packed
-
-
-def check_decode(backend: Backend, scheme: Scheme) -> None:
-    packed = random_blocks(scheme, 97, 11)
-    scales = np.empty((97, 0), np.float16)
-    for dtype in KERNEL_DTYPES:
-        want = reference.dequantize(packed, scales, None, scheme, 256, dtype)
-        assert_bitwise_equal(dequantize(backend, packed, scales, None, scheme, 256, dtype), want, f"{scheme} {dtype}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,17 +33,13 @@ def check_decode(backend: Backend, scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
 def test_the_cpu_gives_the_bytes_of_the_reference(scheme: Scheme) -> None:
-    backend = get_backend("cpu")
-    for dtype, shape, content in itertools.product(KERNEL_DTYPES, SHAPES, CONTENTS):
-        try:
-            check(backend, make(content, shape, dtype), scheme, [KERNEL_DTYPES[len(content) % 3]])
-        except AssertionError as e:
-            raise AssertionError(f"{scheme} of {dtype} {shape} {content}: {e}") from e
+    table = list(itertools.product([scheme], KERNEL_DTYPES, SHAPES, CONTENTS))
+    assert check_cases(get_backend("cpu"), table, make) == len(table)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
 def test_the_cpu_decodes_any_bytes(scheme: Scheme) -> None:
-    check_decode(get_backend("cpu"), scheme)
+    check_any_bytes(get_backend("cpu"), scheme)
 
 
 @pytest.mark.parametrize("name", IDS)

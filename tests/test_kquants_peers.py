@@ -19,10 +19,10 @@ from arrowquant_gpu.reference import Findings
 from arrowquant_gpu.schemes import Scheme
 
 from .bitwise import assert_bitwise_equal
+from .kquants_cases import IDS, make, random_blocks
 from .minilm import model_dir
 from .test_backends import dequantize, quantize
 from .test_ggml_peers import library
-from .test_kquants import IDS, make, random_blocks
 
 pytestmark = pytest.mark.interop
 
