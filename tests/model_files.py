@@ -15,9 +15,10 @@ import numpy as np
 
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
-from arrowquant_gpu.formats import Codes, Entry, Sink
+from arrowquant_gpu.formats import Codes, Entry, Sink, TensorInfo
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.pipeline import quantize_checkpoint
+from arrowquant_gpu.schemes import Scheme
 
 from .fixtures import write_safetensors
 
@@ -108,6 +109,21 @@ def part_of(codes: Codes, p: Any, scheme: Any, length: int) -> Codes:
     )
     zeros = codes.zeros if codes.zeros is None or scheme.scale_rule == "global" else codes.zeros[rows, groups]
     return Codes(packed, codes.scales[rows, groups], zeros)
+
+
+def entry_of(name: str, shape: tuple[int, ...], scheme: str) -> Entry:
+    """A tensor of the plan that no file has."""
+    return Entry(TensorInfo(name, "bfloat16", shape, Path("m"), 0, 0), Scheme.parse(scheme), "")
+
+
+def with_config(**values: Any) -> Any:
+    """For `rewrite`: other values in quantization_config."""
+    return lambda tensors, config: config["quantization_config"].update(values)
+
+
+def with_tensor(name: str, value: np.ndarray) -> Any:
+    """For `rewrite`: another tensor."""
+    return lambda tensors, config: tensors.update({name: value})
 
 
 def torch_tensor(x: np.ndarray) -> Any:

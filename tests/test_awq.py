@@ -14,18 +14,17 @@ from hypothesis import strategies as st
 
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
-from arrowquant_gpu.errors import FormatError, SourceError
-from arrowquant_gpu.formats import Codes, Entry, TensorInfo, awq, stored_model
+from arrowquant_gpu.errors import FormatError
+from arrowquant_gpu.formats import awq, stored_model
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.awq import AwqCheckpoint, AwqSink
-from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.quantized import open_quantized
 from arrowquant_gpu.schemes import Scheme
-from arrowquant_gpu.tensor import QuantizedTensor
 
+from . import format_checks
 from .bitwise import assert_bitwise_equal
-from .model_files import decoded_by, load, model, quantize, rewrite, torch_tensor, written_in
+from .model_files import decoded_by, entry_of, load, model, quantize, rewrite, torch_tensor, with_config, with_tensor
 from .real_loaders import decoders
 
 RNG = np.random.default_rng(20261123)
@@ -99,14 +98,7 @@ def test_every_part_against_the_reference(
     # A file has zero points whether or not all of them are 8.
     asymmetric = dataclasses.replace(parsed, symmetric=False)
     assert (entry.info.dtype, entry.info.shape, entry.scheme) == (dtype, shape, asymmetric)
-    blocks = list(checkpoint.blocks("a.weight"))
-    assert len(blocks) == -(-shape[0] // 32)
-    for row, block in blocks:
-        assert isinstance(block, QuantizedTensor)
-        rows = slice(row, row + len(block.packed))
-        assert_bitwise_equal(block.packed, packed[rows])
-        assert_bitwise_equal(block.scales, scales[rows])
-        assert_bitwise_equal(block.zeros, zeros[rows])
+    format_checks.blocks(checkpoint, "a.weight", 32, packed, scales, zeros)
 
 
 @pytest.mark.parametrize("scheme", ["int4_g32_asym_f16", "int4_channel_f16"])
@@ -115,25 +107,10 @@ def test_pieces_in_any_order_make_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, piece_bytes: int
 ) -> None:
     weights = RNG.standard_normal((200, 192), np.float32)
-    source = open_checkpoint(model(tmp_path / "m", {"a.weight": weights}))
-    entry = Entry(source.tensors["a.weight"], Scheme.parse(scheme), "")
-    codes = Codes(*reference.quantize(weights, Scheme.parse(scheme))[:3])
-    files = []
-    for name, size in (("one", 1 << 24), ("many", piece_bytes)):
-        monkeypatch.setattr(formats_pieces, "PIECE_BYTES", size)
-        output = Output(tmp_path / name, is_directory=True)
-        sink = AwqSink(output, source.config)
-        assert list(written_in(RNG, sink, output, entry, codes, source)) == []
-        files.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert files[0] == files[1]
-    assert sum(t.nbytes for t in load(tmp_path / "one").values()) == sink.n_bytes(entry)
+    format_checks.pieces(tmp_path, monkeypatch, RNG, weights, Scheme.parse(scheme), piece_bytes, AwqSink)
 
 
 # config.json.
-
-
-def entry_of(name: str, shape: tuple[int, int], scheme: str) -> Entry:
-    return Entry(TensorInfo(name, "bfloat16", shape, Path("m"), 0, 0), Scheme.parse(scheme), "")
 
 
 def sink_of(folder: Path) -> AwqSink:
@@ -184,11 +161,7 @@ def test_several_group_sizes_are_refused(tmp_path: Path) -> None:
 def test_warnings_name_the_engine_and_the_rule(
     tmp_path: Path, name: str, scheme: str, shape: tuple[int, int], words: list[str]
 ) -> None:
-    found = sink_of(tmp_path).warnings([entry_of(name, shape, scheme)])
-    assert len(found) == len(words)
-    for warning, word in zip(found, words, strict=True):
-        assert word in warning
-        assert name in warning
+    format_checks.warnings(sink_of(tmp_path), entry_of(name, shape, scheme), words)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +177,7 @@ def test_warnings_name_the_engine_and_the_rule(
     ],
 )
 def test_what_it_cannot_carry(tmp_path: Path, scheme: str, shape: tuple[int, ...], words: str) -> None:
-    info = TensorInfo("a.weight", "bfloat16", shape, Path("m"), 0, 0)
-    with pytest.raises(FormatError, match=words) as caught:
-        sink_of(tmp_path).scheme_for(info, Scheme.parse(scheme))
-    assert "--format" in str(caught.value)
+    format_checks.not_carried(sink_of(tmp_path), entry_of("a.weight", shape, scheme), words)
 
 
 # Reading what is not right, and what others write.
@@ -226,34 +196,22 @@ def test_files_of_other_writers(quantized: Path) -> None:
     assert_bitwise_equal(next(AwqCheckpoint(quantized).blocks("a.weight"))[1].packed, before.packed)
 
 
-def _said(**values: Any) -> Any:
-    return lambda t, c: c["quantization_config"].update(values)
-
-
-def _put(part: str, value: np.ndarray) -> Any:
-    return lambda t, c: t.update({f"a.{part}": value})
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda t, c: t.pop("a.scales"), "a.scales is missing"),
         (lambda t, c: t.pop("a.qzeros"), "a.qzeros is missing; int4_g32_asym_f16 of .16, 64. has int32 .2, 2."),
-        (_put("scales", np.ones((2, 8), np.float16)), "a.scales is float16 .2, 8."),
-        (_put("qzeros", np.ones((2, 2), np.int8)), "a.qzeros is int8"),
-        (_put("qweight", np.ones((60, 2), np.int32)), "are not whole groups"),
-        (_said(bits=8), "AWQ of 8 bits"),
-        (_said(group_size=0), "group size 0"),
-        (_said(group_size=[1]), "a: "),
-        (_said(version="gemv"), "AWQ version 'gemv'"),
+        (with_tensor("a.scales", np.ones((2, 8), np.float16)), "a.scales is float16 .2, 8."),
+        (with_tensor("a.qzeros", np.ones((2, 2), np.int8)), "a.qzeros is int8"),
+        (with_tensor("a.qweight", np.ones((60, 2), np.int32)), "are not whole groups"),
+        (with_config(bits=8), "AWQ of 8 bits"),
+        (with_config(group_size=0), "group size 0"),
+        (with_config(group_size=[1]), "a: "),
+        (with_config(version="gemv"), "AWQ version 'gemv'"),
     ],
 )
 def test_a_broken_checkpoint_is_a_clear_error(quantized: Path, change: Any, words: str) -> None:
-    rewrite(quantized, lambda t, c: None)
-    assert AwqCheckpoint(quantized).entries["a.weight"].scheme == Scheme.parse("int4_g32_asym_f16")
-    rewrite(quantized, change)
-    with pytest.raises(SourceError, match=words):
-        AwqCheckpoint(quantized)
+    format_checks.broken(AwqCheckpoint, quantized, "a.weight", "int4_g32_asym_f16", change, words)
 
 
 @settings(max_examples=60, deadline=None)
@@ -271,11 +229,7 @@ def test_any_config_and_any_parts_are_read_or_refused(
     folder = tmp_path_factory.mktemp("hostile")
     tensors = {f"a.{part}": np.zeros(shape, dtype) for part, (dtype, shape) in parts.items()}
     model(folder / "m", tensors, {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": size}})
-    try:
-        for name in (read := AwqCheckpoint(folder / "m")).entries:
-            list(read.blocks(name))
-    except SourceError:
-        pass
+    format_checks.read_or_refused(AwqCheckpoint, folder / "m")
 
 
 # The real packer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,18 @@ from hypothesis import strategies as st
 
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
-from arrowquant_gpu.errors import FormatError, SourceError
-from arrowquant_gpu.formats import Codes, Entry, TensorInfo, stored_model
+from arrowquant_gpu.errors import SourceError
 from arrowquant_gpu.formats import pieces as formats_pieces
-from arrowquant_gpu.formats.checkpoint import open_checkpoint
+from arrowquant_gpu.formats import stored_model
 from arrowquant_gpu.formats.gptq import GptqSink
 from arrowquant_gpu.formats.gptq_checkpoint import GptqCheckpoint
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.quantized import open_quantized
 from arrowquant_gpu.schemes import Scheme
-from arrowquant_gpu.tensor import QuantizedTensor
 
+from . import format_checks
 from .bitwise import assert_bitwise_equal
-from .model_files import decoded_by, load, model, quantize, rewrite, torch_tensor, written_in
+from .model_files import decoded_by, entry_of, load, model, quantize, rewrite, torch_tensor, with_config, with_tensor
 from .real_loaders import decoders
 
 RNG = np.random.default_rng(20261122)
@@ -107,17 +107,7 @@ def test_every_part_against_the_reference(
     entry = checkpoint.entries["a.weight"]
     assert (entry.info.dtype, entry.info.shape, entry.scheme) == (dtype, shape, parsed)
     assert set(checkpoint.entries) == {"a.weight", "a.bias"}
-    blocks = list(checkpoint.blocks("a.weight"))
-    assert len(blocks) == shape[0] // 32
-    for row, block in blocks:
-        assert isinstance(block, QuantizedTensor)
-        rows = slice(row, row + len(block.packed))
-        assert_bitwise_equal(block.packed, packed[rows])
-        assert_bitwise_equal(block.scales, scales[rows])
-        if zeros is None:
-            assert block.zeros is None
-        else:
-            assert_bitwise_equal(block.zeros, zeros[rows])
+    format_checks.blocks(checkpoint, "a.weight", 32, packed, scales, zeros)
 
 
 @pytest.mark.parametrize(
@@ -128,18 +118,8 @@ def test_pieces_in_any_order_make_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, options: dict[str, str], piece_bytes: int
 ) -> None:
     weights = RNG.standard_normal((224, 192), np.float32)
-    source = open_checkpoint(model(tmp_path / "m", {"a.weight": weights}))
-    entry = Entry(source.tensors["a.weight"], Scheme.parse(scheme), "")
-    codes = Codes(*reference.quantize(weights, Scheme.parse(scheme))[:3])
-    files = []
-    for name, size in (("one", 1 << 24), ("many", piece_bytes)):
-        monkeypatch.setattr(formats_pieces, "PIECE_BYTES", size)
-        output = Output(tmp_path / name, is_directory=True)
-        sink = GptqSink(output, source.config, **options)
-        assert list(written_in(RNG, sink, output, entry, codes, source)) == []
-        files.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert files[0] == files[1]
-    assert sum(t.nbytes for t in load(tmp_path / "one").values()) == sink.n_bytes(entry)
+    sink = functools.partial(GptqSink, **options)
+    format_checks.pieces(tmp_path, monkeypatch, RNG, weights, Scheme.parse(scheme), piece_bytes, sink)
 
 
 # config.json.
@@ -199,17 +179,13 @@ def test_config(tmp_path: Path, tensors: dict[str, np.ndarray], ignore: tuple[st
     assert quantization(target) == {**BASIC, **said, **own}
 
 
-def entry(name: str, shape: tuple[int, int], scheme: str) -> Entry:
-    return Entry(TensorInfo(name, "bfloat16", shape, Path("m"), 0, 0), Scheme.parse(scheme), "")
-
-
 def sink_of(folder: Path, **options: str) -> GptqSink:
     return GptqSink(Output(folder / "none", is_directory=True), {"model_type": "llama"}, **options)
 
 
 def test_several_schemes_are_said_by_name_and_warned_of(tmp_path: Path) -> None:
-    entries = [entry(f"layers.{i}.w.weight", (64, 128), "int4_g32_f16") for i in (0, 1)]
-    entries.append(entry("layers.2.w.weight", (64, 128), "int8_channel_f16"))
+    entries = [entry_of(f"layers.{i}.w.weight", (64, 128), "int4_g32_f16") for i in (0, 1)]
+    entries.append(entry_of("layers.2.w.weight", (64, 128), "int8_channel_f16"))
     sink = sink_of(tmp_path)
     said = sink.quantization(entries)["quantization_config"]
     assert (said["bits"], said["group_size"]) == (4, 32)
@@ -234,11 +210,7 @@ def test_several_schemes_are_said_by_name_and_warned_of(tmp_path: Path) -> None:
 def test_warnings_name_the_engine_and_the_rule(
     tmp_path: Path, scheme: str, shape: tuple[int, int], words: list[str]
 ) -> None:
-    found = sink_of(tmp_path, **V2).warnings([entry("a.weight", shape, scheme)])
-    assert len(found) == len(words)
-    for warning, word in zip(found, words, strict=True):
-        assert word in warning
-        assert "a.weight" in warning
+    format_checks.warnings(sink_of(tmp_path, **V2), entry_of("a.weight", shape, scheme), words)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +230,7 @@ def test_warnings_name_the_engine_and_the_rule(
 def test_what_it_cannot_carry(
     tmp_path: Path, scheme: str, shape: tuple[int, ...], options: dict[str, str], words: str
 ) -> None:
-    info = TensorInfo("a.weight", "bfloat16", shape, Path("m"), 0, 0)
-    with pytest.raises(FormatError, match=words) as caught:
-        sink_of(tmp_path, **options).scheme_for(info, Scheme.parse(scheme))
-    assert "--format" in str(caught.value)
+    format_checks.not_carried(sink_of(tmp_path, **options), entry_of("a.weight", shape, scheme), words)
 
 
 # Reading what is not right, and what others write.
@@ -293,47 +262,35 @@ def test_files_of_other_writers(quantized: Path) -> None:
     assert [p.name for p in read.side_files] == ["README.md"]
 
 
-def _said(**values: Any) -> Any:
-    return lambda t, c: c["quantization_config"].update(values)
-
-
-def _put(part: str, value: np.ndarray) -> Any:
-    return lambda t, c: t.update({f"layers.0.a.{part}": value})
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda t, c: t.pop("layers.0.a.scales"), "a.scales is missing"),
         (lambda t, c: t.pop("layers.0.a.qzeros"), "a.qzeros is missing; int4_g32_f16 of .32, 64. has int32 .2, 4."),
-        (_put("scales", np.ones((2, 32), np.int8)), "a.scales is int8"),
-        (_put("scales", np.ones((3, 32), np.float16)), "a.scales is float16 .3, 32."),
-        (_put("qweight", np.ones((8, 32), np.int64)), "a.qweight is int64"),
-        (_put("qweight", np.ones((8,), np.int32)), "a.qweight is int32 .8."),
-        (_put("qweight", np.ones((8, 0), np.int32)), "are not whole groups"),
-        (_put("g_idx", np.arange(64, dtype=np.int32) % 2), "activation order"),
-        (_put("g_idx", np.arange(32, dtype=np.int32)), "a.g_idx is int32 .32."),
-        (_said(bits=5), "bits 5"),
-        (_said(bits=8), "a.scales is float16 .2, 32."),
-        (_said(bits="4"), "bits '4'"),
-        (_said(group_size=0), "group size 0"),
-        (_said(group_size="many"), "layers.0.a"),
-        (_said(group_size=64), "a.scales is float16 .2, 32."),
-        (_said(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
-        (_said(dynamic=3), "dynamic of quantization_config"),
-        (_said(dynamic={"+:((": {}}), "no regular expression"),
+        (with_tensor("layers.0.a.scales", np.ones((2, 32), np.int8)), "a.scales is int8"),
+        (with_tensor("layers.0.a.scales", np.ones((3, 32), np.float16)), "a.scales is float16 .3, 32."),
+        (with_tensor("layers.0.a.qweight", np.ones((8, 32), np.int64)), "a.qweight is int64"),
+        (with_tensor("layers.0.a.qweight", np.ones((8,), np.int32)), "a.qweight is int32 .8."),
+        (with_tensor("layers.0.a.qweight", np.ones((8, 0), np.int32)), "are not whole groups"),
+        (with_tensor("layers.0.a.g_idx", np.arange(64, dtype=np.int32) % 2), "activation order"),
+        (with_tensor("layers.0.a.g_idx", np.arange(32, dtype=np.int32)), "a.g_idx is int32 .32."),
+        (with_config(bits=5), "bits 5"),
+        (with_config(bits=8), "a.scales is float16 .2, 32."),
+        (with_config(bits="4"), "bits '4'"),
+        (with_config(group_size=0), "group size 0"),
+        (with_config(group_size="many"), "layers.0.a"),
+        (with_config(group_size=64), "a.scales is float16 .2, 32."),
+        (with_config(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+        (with_config(dynamic=3), "dynamic of quantization_config"),
+        (with_config(dynamic={"+:((": {}}), "no regular expression"),
     ],
 )
 def test_a_broken_checkpoint_is_a_clear_error(quantized: Path, change: Any, words: str) -> None:
-    rewrite(quantized, lambda t, c: None)
-    assert GptqCheckpoint(quantized).entries["layers.0.a.weight"].scheme == Scheme.parse("int4_g32_f16")
-    rewrite(quantized, change)
-    with pytest.raises(SourceError, match=words):
-        GptqCheckpoint(quantized)
+    format_checks.broken(GptqCheckpoint, quantized, "layers.0.a.weight", "int4_g32_f16", change, words)
 
 
 def test_other_zero_points_than_said_are_noticed(quantized: Path) -> None:
-    rewrite(quantized, _said(checkpoint_format="gptq_v2"))
+    rewrite(quantized, with_config(checkpoint_format="gptq_v2"))
     with pytest.raises(SourceError, match="zero points other than 8, but the scheme is symmetric"):
         list(GptqCheckpoint(quantized).blocks("layers.0.a.weight"))
 
@@ -366,11 +323,7 @@ def test_any_config_and_any_parts_are_read_or_refused(
     folder = tmp_path_factory.mktemp("hostile")
     tensors = {f"a.{part}": np.zeros(shape, dtype) for part, (dtype, shape) in parts.items()}
     model(folder / "m", tensors or {"b.weight": LINEAR}, {"quantization_config": {"quant_method": "gptq", **said}})
-    try:
-        for name in (read := GptqCheckpoint(folder / "m")).entries:
-            list(read.blocks(name))
-    except SourceError:
-        pass
+    format_checks.read_or_refused(GptqCheckpoint, folder / "m")
 
 
 # The real packer.
