@@ -132,7 +132,7 @@ def sink_of(tmp_path: Path, names: tuple[str, ...] = (), **options: Any) -> Comf
     ("name", "shape", "scheme", "words"),
     [
         ("a.weight", (8, 8), "e4m3_channel", "comfyui has e4m3_tensor only"),
-        ("a.weight", (8, 8), "q4_0", "use that, or --format gguf"),
+        ("a.weight", (8, 8), "q4_0", "comfyui has e4m3_tensor only, not q4_0"),
         ("a.weight", (8, 8, 3, 3), "e4m3_tensor", "linear modules only"),
         ("a.bias", (8, 8), "e4m3_tensor", "linear modules only"),
         ("cond_stage_model.q.weight", (8, 8), "e4m3_tensor", "not under model.diffusion_model"),

@@ -218,24 +218,23 @@ def info_of(shape: tuple[int, int], dtype: str = "bfloat16") -> TensorInfo:
     [
         ("e5m2_channel", "none", "it has no e5m2_channel; use e4m3"),
         ("e4m3_g64", "none", "it has no e4m3_g64"),
-        ("nf4_g64", "none", "--format bitsandbytes, or --format safetensors"),
+        ("nf4_g64", "none", "--format bitsandbytes"),
         ("affine4_g64", "none", "--format mlx"),
         ("q4_k", "none", "use --format gguf"),
         ("nvfp4_local", "none", "it has no nvfp4_local"),
         ("int4_g128", "dynamic", "activations=dynamic goes with int8_channel"),
         ("int8_channel_asym", "dynamic", "not with int8_channel_asym"),
         ("nvfp4", "dynamic", "not with nvfp4"),
-        ("e4m3_channel_f16", "none", "stores scales in the weights' dtype bfloat16"),
-        ("e4m3_b128", "none", "not whole groups of 128"),
-        ("nvfp4", "none", "not whole groups of 16"),
+        ("e4m3_channel_f16", "none", "stores scales in the weights' dtype bfloat16.*--format safetensors"),
+        ("e4m3_b128", "none", "not whole groups of 128.*--format safetensors"),
+        ("nvfp4", "none", "not whole groups of 16.*--format safetensors"),
     ],
 )
 def test_what_it_cannot_carry_is_refused_with_the_way_out(
     tmp_path: Path, scheme: str, activations: str, words: str
 ) -> None:
-    with pytest.raises(FormatError, match=words) as caught:
+    with pytest.raises(FormatError, match=words):
         sink_of(tmp_path, activations=activations).scheme_for(info_of((64, 100)), Scheme.parse(scheme))
-    assert "--format safetensors" in str(caught.value)
 
 
 def test_an_explicit_rule_for_exponents_is_kept(tmp_path: Path) -> None:

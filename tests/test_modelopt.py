@@ -84,14 +84,17 @@ def test_both_descriptions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "shape", "words"),
-    [("int4_g128", (64, 128), "nvfp4 only, not int4_g128"), ("nvfp4", (64, 100), "not whole groups of 16")],
+    [
+        ("int4_g128", (64, 128), "nvfp4 only, not int4_g128"),
+        ("nvfp4", (64, 100), "not whole groups of 16.*--format safetensors"),
+    ],
 )
 def test_what_it_cannot_carry_is_refused_with_the_way_out(
     tmp_path: Path, scheme: str, shape: tuple[int, int], words: str
 ) -> None:
     sink = ModelOptSink(Output(tmp_path / "out", is_directory=True), {})
     info = TensorInfo("a.weight", "bfloat16", shape, Path("m"), 0, 0)
-    with pytest.raises(FormatError, match=f"{words}.*--format safetensors"):
+    with pytest.raises(FormatError, match=words):
         sink.scheme_for(info, Scheme.parse(scheme))
 
 

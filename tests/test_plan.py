@@ -13,9 +13,10 @@ from arrowquant_gpu.formats import TensorInfo
 from arrowquant_gpu.formats.compressed_tensors_sink import CompressedTensorsSink
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.parquet import ParquetSink
-from arrowquant_gpu.pipeline import Plan, make_plan
+from arrowquant_gpu.formats.targets import TARGETS
+from arrowquant_gpu.pipeline import Plan, make_plan, quantize_checkpoint
 
-from .fixtures import llama_shapes
+from .fixtures import llama_shapes, tiny_llama
 
 LLAMA = llama_shapes(layers=2, hidden=256, intermediate=384, heads=4, kv_heads=2, vocab=1000)
 
@@ -104,8 +105,31 @@ def test_rows_that_are_no_whole_groups_are_kept_with_the_reason() -> None:
 def test_a_scheme_that_the_format_carries_for_no_tensor_is_refused(scheme: str, words: str) -> None:
     with pytest.raises(FormatError, match=words) as caught:
         plan(Headers(LLAMA), scheme)
-    assert "parquet or arrow" in str(caught.value)
+    assert "safetensors" in str(caught.value).rpartition("Formats that carry")[2]
     assert "none of the 14 tensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("int3_g64", "int4_g128_asym", "int8_channel", "int8_tensor", "int4_g100", "affine4_g64", "nf4_g64"),
+        *("e4m3_tensor", "e4m3_b128", "e5m2_g64", "mxfp4", "nvfp4", "q8_0", "q4_k"),
+    ],
+)
+def test_a_refusal_names_all_formats_that_carry_the_scheme(tmp_path: Path, scheme: str) -> None:
+    source, able, refusals = tiny_llama(tmp_path / "model", hidden=256, intermediate=512), [], {}
+    for name in TARGETS:
+        options = {"tokenizer": "none"} if name == "gguf" else {}
+        how: dict[str, Any] = {"format": name, "format_options": options, "device": "reference"}
+        try:
+            quantize_checkpoint(source, tmp_path / "out", scheme, dry_run=True, **how)
+            able.append(name)
+        except FormatError as e:
+            refusals[name] = str(e)
+    assert "safetensors" in able
+    for name, text in refusals.items():
+        assert text.startswith(f"{name} can carry {scheme} for none of the "), text
+        assert text.endswith(f"Formats that carry {scheme}: {', '.join(able)}")
 
 
 def test_an_explicit_suffix_that_is_the_dtype_is_the_same_scheme() -> None:

@@ -72,7 +72,7 @@ class BitsAndBytesSink(ModelSink):
         if not is_int8 and (scheme.grid not in GRIDS or scheme.group_size not in BLOCK_SIZES):
             raise FormatError(
                 f"bitsandbytes has nf4 and fp4 in groups of {', '.join(map(str, BLOCK_SIZES))}, and int8_channel with "
-                f"float32 scales (LLM.int8), not {scheme.id}; use nf4_g64, or {carriers(scheme)}"
+                f"float32 scales (LLM.int8), not {scheme.id}; use nf4_g64"
             )
         if is_int8 and self._is_double:
             raise FormatError("double_quant is for nf4 and fp4: int8_channel has one scale a row and nothing to gain")

@@ -29,7 +29,6 @@ from ..schemes import Scheme
 from ..tensor import QuantizedTensor
 from . import Checkpoint, Codes, Entry, Place, TensorInfo, row_parts
 from .engine_rules import Rule, broken
-from .ignored_modules import carriers
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Piece
 from .stored_model import StoredModel, packed_entry
@@ -77,9 +76,7 @@ class ComfyUISink(ModelSink):
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """e4m3_tensor and nothing else. See `Sink`."""
         if scheme != SCHEME:
-            raise FormatError(
-                f"comfyui has {SCHEME} only, not {scheme}; use that, or --format gguf, or {carriers(scheme)}"
-            )
+            raise FormatError(f"comfyui has {SCHEME} only, not {scheme}; use that")
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
             raise FormatError(
                 "comfyui has scales for linear modules only, 2-D weights named MODULE.weight; --format safetensors "

@@ -102,7 +102,7 @@ class CompressedTensorsSink(ModelSink):
         """The scheme as its format holds it: packed integers have scales in the weights' own dtype. See `Sink`."""
         found = container(scheme, self.activations)
         if found is None:
-            raise FormatError(f"compressed-tensors: {_why_not(scheme, self.activations)}, or {carriers(scheme)}")
+            raise FormatError(f"compressed-tensors: {_why_not(scheme, self.activations)}")
         name, scheme = found
         if (reason := misfit(info, self.config, self.format)) is not None:
             raise FormatError(reason)

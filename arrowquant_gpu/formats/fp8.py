@@ -25,7 +25,7 @@ from ..schemes import Scheme
 from ..tensor import QuantizedTensor
 from . import Codes, Entry, Place, TensorInfo, row_parts
 from .engine_rules import Rule, broken
-from .ignored_modules import TIED_HEADS, carriers, ignore_list, misfit, module_of
+from .ignored_modules import TIED_HEADS, ignore_list, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Piece
 from .stored_model import StoredModel, packed_entry
@@ -57,10 +57,7 @@ class Fp8Sink(ModelSink):
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """e4m3_b128 and nothing else. See `Sink`."""
         if scheme != SCHEME:
-            raise FormatError(
-                f"fp8 has {SCHEME} only, not {scheme}; use that, or --format compressed-tensors for other float "
-                f"schemes, or {carriers(scheme)}"
-            )
+            raise FormatError(f"fp8 has {SCHEME} only, not {scheme}; use that")
         if (reason := misfit(info, self.config, self.format)) is not None:
             raise FormatError(reason)
         return scheme

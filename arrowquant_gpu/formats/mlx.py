@@ -50,7 +50,7 @@ class MlxSink(ModelSink):
         if stored.family != "affine" and stored.id not in MODES:
             raise FormatError(
                 f"mlx has affine2 to affine8 in groups of 32, 64 or 128, and {', '.join(NAMES)}, not {scheme.id}; use "
-                f"affine{min(scheme.bits, 8)}_g64, or --format safetensors, which carries every scheme"
+                f"affine{min(scheme.bits, 8)}_g64"
             )
         if len(info.shape) != 2 or not info.name.endswith(".weight"):
             raise FormatError("mlx quantizes only 2-D weights of modules, named MODULE.weight")

@@ -46,10 +46,7 @@ class ModelOptSink(ModelSink):
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
         """nvfp4 and nothing else. See `Sink`."""
         if scheme != SCHEME:
-            raise FormatError(
-                f"modelopt has {SCHEME} only, not {scheme}; use that, or --format compressed-tensors for other "
-                f"schemes, or {carriers(scheme)}"
-            )
+            raise FormatError(f"modelopt has {SCHEME} only, not {scheme}; use that")
         if (reason := misfit(info, self.config, self.format)) is not None:
             raise FormatError(reason)
         if info.shape[1] % 16:

@@ -76,7 +76,8 @@ class ParquetSink(RowSink):
     _zero_point = np.dtype("<i4")
 
     def scheme_for(self, info: TensorInfo, scheme: Scheme) -> Scheme:
-        """The scheme itself. See `Sink`."""
+        """The scheme itself, if rows can hold it. See `Sink`."""
+        scheme = super().scheme_for(info, scheme)
         row_bytes, n_scales = scheme.packed_shape(info.shape)[1], scheme.scales_shape(info.shape)[1]
         if max(row_bytes, 4 * n_scales) > _MOST_BYTES - _HEAD:
             raise FormatError(

@@ -76,7 +76,7 @@ class RowSink(abc.ABC):
         try:
             arrow_columns.check(scheme)
         except SchemeError as e:
-            raise FormatError(f"{self.format}: {e}; --format safetensors carries every scheme") from e
+            raise FormatError(f"{self.format}: {e}") from e
         return scheme
 
     def n_bytes(self, entry: Entry) -> int:

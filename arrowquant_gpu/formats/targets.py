@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import FormatError
+from ..schemes import Scheme
+from . import TensorInfo
 
 
 class Target(NamedTuple):
@@ -106,6 +109,34 @@ def open_sink(
         able = ", ".join(n for n, t in TARGETS.items() if t.is_model)
         raise FormatError(f"{format_name} is not written in shards (--max-shard-size); {able} can be")
     return sink(output, compression=compression, **chosen) if row.compressions else sink(output, **chosen)
+
+
+def carriers(
+    infos: Sequence[TensorInfo], scheme: Scheme, config: Mapping[str, Any] | None, names: Sequence[str] = ()
+) -> list[str]:
+    """The formats that carry any of these tensors of a model with this scheme, their options being the defaults.
+
+    >>> from pathlib import Path
+    >>> info = TensorInfo("fc.weight", "float16", (64, 128), Path("m.safetensors"), 0, 16384)
+    >>> carriers([info], Scheme.parse("nf4_g64"), {}, ["fc.weight"])
+    ['safetensors', 'bitsandbytes']
+    """
+
+    def is_able(name: str) -> bool:
+        with contextlib.suppress(FormatError):
+            sink = open_sink(name, None, config, names)
+            return any(_takes(sink, info, scheme) for info in infos)
+        return False
+
+    return [name for name in TARGETS if is_able(name)]
+
+
+def _takes(sink: Any, info: TensorInfo, scheme: Scheme) -> bool:
+    try:
+        sink.scheme_for(info, scheme)
+    except FormatError:
+        return False
+    return True
 
 
 def _chosen(format_name: str, row: Target, options: Mapping[str, str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ..schemes import Scheme
 from ..tensor import QuantizedTensor
 from . import Codes, Entry, Place, TensorInfo
 from .engine_rules import Rule
-from .ignored_modules import ANY_SCHEME, carriers, misfit, module_of
+from .ignored_modules import ANY_SCHEME, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Cut, Piece
 from .stored_model import StoredModel, described, packed_entry, row_blocks
@@ -103,8 +103,7 @@ class TransposedSink(ModelSink):
         if scheme.grid != "int" or scheme.bits not in self.bits or scheme.granularity not in ("group", "channel"):
             widths = ", ".join(f"int{bits}" for bits in self.bits)
             raise FormatError(
-                f"{self.format} has {widths} codes with a scale per group or channel, not {scheme.id}; "
-                f"use int4_g128, or {carriers(scheme)}"
+                f"{self.format} has {widths} codes with a scale per group or channel, not {scheme.id}; use int4_g128"
             )
         if (reason := misfit(info, self.config, self.format)) is not None:
             raise FormatError(reason)

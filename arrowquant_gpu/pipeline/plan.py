@@ -19,7 +19,7 @@ from ..dtypes import DTYPES
 from ..engine.decoded import DecodedCheckpoint
 from ..errors import FormatError, PolicyError, SchemeError
 from ..formats import Checkpoint, Entry, Sink, TensorInfo
-from ..formats.targets import TARGETS
+from ..formats.targets import TARGETS, carriers
 from ..models import Mix, Model
 from ..schemes import Scheme
 from .policy import RAISED, RAISED_BITS, Decision, Policy
@@ -171,12 +171,12 @@ def make_plan(
         entries.append(Entry(info, stored, reason))
     if not any(e.scheme for e in entries):
         if refused:
-            raise FormatError(_none_carried(sink.format, scheme, refused))
+            raise FormatError(_none_carried(source, entries, sink.format, scheme, refused))
         raise PolicyError(_none_wanted(entries))
     if getattr(sink, "fused_alike", None):
         entries = _kept_alike(entries, policy.model, refused)
         if not any(e.scheme for e in entries):
-            raise FormatError(_none_carried(sink.format, scheme, refused))
+            raise FormatError(_none_carried(source, entries, sink.format, scheme, refused))
     plan = Plan(sink.format, scheme, (), (), mix=mix, notes=tuple(notes), fixed=frozenset(fixed))
     return planned(plan, source, sink, entries)
 
@@ -250,9 +250,17 @@ def _bits(n_bytes: int, n_weights: int) -> float | None:
     return 8 * n_bytes / n_weights if n_weights else None
 
 
-def _none_carried(format_name: str, scheme: Scheme, refused: Counter[str]) -> str:
+def _none_carried(
+    source: Checkpoint, entries: Sequence[Entry], format_name: str, scheme: Scheme, refused: Counter[str]
+) -> str:
+    """Why, and the formats that carry any of these tensors with this scheme."""
     reasons = "; ".join(f"{reason} ({n} tensors)" for reason, n in refused.most_common(3))
-    return f"{format_name} can carry {scheme.id} for none of the {refused.total()} tensors to quantize: {reasons}"
+    wanted = [e.info for e in entries if e.reason in refused]
+    able = ", ".join(carriers(wanted, scheme, source.config, tuple(source.tensors)))
+    return (
+        f"{format_name} can carry {scheme.id} for none of the {refused.total()} tensors to quantize: {reasons}. "
+        f"Formats that carry {scheme.id}: {able}"
+    )
 
 
 def _none_wanted(entries: list[Entry]) -> str:
