@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import ml_dtypes
@@ -29,13 +30,19 @@ Faults = Mapping[str, tuple[str, str, str, str]]
 
 
 def sample(
-    schemes: Sequence[Scheme], shapes: Iterable[Shape], contents: Iterable[str], n: int, seed: int
+    schemes: Sequence[Scheme], shapes: Iterable[Shape], contents: Collection[str], n: int, seed: int
 ) -> Iterator[Case]:
-    """n cases of the schemes in turn, from where another seed has stopped; the same case again only after very many."""
+    """n cases: the schemes in turn, mixed, from where another seed has stopped; a scheme has every dtype and shape once
+    before it has one again, with another content.
+    """
     rest = list(itertools.product(KERNEL_DTYPES, shapes, contents))
-    order = np.random.default_rng(seed).permutation(len(rest))
+    numbers = np.arange(len(rest)).reshape(-1, len(contents))
+    mixed = np.random.default_rng(len(schemes)).permutation(len(schemes))
+    rng = np.random.default_rng(seed)
+    orders = [rng.permuted(rng.permuted(numbers, axis=1), axis=0).T.reshape(-1) for _ in schemes]
     for i in range(seed * n, seed * n + n):
-        yield (schemes[i % len(schemes)], *rest[order[i % len(rest)]])
+        nth, at = divmod(i, len(schemes))
+        yield (schemes[mixed[at]], *rest[orders[at][nth % len(rest)]])
 
 
 def make(contents: Contents, content: str, shape: Shape, dtype: str) -> np.ndarray:
@@ -84,14 +91,15 @@ def check_decoded(
 
 
 def check_cases(backend: Backend, table: Iterable[Case], make: Make, check: Check = check) -> int:
-    """`check` every case, decoded to one dtype after the other; returns how many there were."""
-    n = 0
+    """`check` every case, those of a scheme decoded to one dtype after the other; returns how many there were."""
+    n, seen = 0, Counter[Scheme]()
     for scheme, dtype, shape, content in table:
+        decoded = KERNEL_DTYPES[(n + seen[scheme]) % len(KERNEL_DTYPES)]
         try:
-            check(backend, make(content, shape, dtype), scheme, [KERNEL_DTYPES[n % len(KERNEL_DTYPES)]])
+            check(backend, make(content, shape, dtype), scheme, [decoded])
         except AssertionError as e:
             raise AssertionError(f"{scheme} of {dtype} {shape} {content}: {e}") from e
-        n += 1
+        n, seen[scheme] = n + 1, seen[scheme] + 1
     return n
 
 

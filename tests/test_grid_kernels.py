@@ -92,7 +92,7 @@ FAMILIES = [
         shape_of_faults=(9, 1000),
         counted="affine4_g32",
         n_variants=6 * 3 * 2,
-        n=Sizes(shim=12, sanitized=3, simulated=4, linted=8),
+        n=Sizes(shim=40, sanitized=4, simulated=5, linted=8),
         n_full=2500,
     ),
     Family(
@@ -103,7 +103,7 @@ FAMILIES = [
         shape_of_faults=(131, 300),
         counted="nf4_g64",
         n_variants=3 * (9 + 4 + 2 + 2) + 3 * 5,
-        n=Sizes(shim=12, sanitized=4, simulated=5, linted=8),
+        n=Sizes(shim=15, sanitized=5, simulated=5, linted=8),
         n_full=900,
         check=float_cases.check,
         check_ptx=check_ptx_of_floats,
@@ -116,7 +116,7 @@ FAMILIES = [
         shape_of_faults=(9, 1024),
         counted="q4_0",
         n_variants=2 * 3 * 8 + 8,
-        n=Sizes(shim=10, sanitized=4, simulated=4, linted=6),
+        n=Sizes(shim=10, sanitized=4, simulated=5, linted=6),
         check_any_bytes=ggml_cases.check_any_bytes,
     ),
     Family(
