@@ -85,6 +85,7 @@ def test_the_largest_of_each_channel_may_be_given(tmp_path: Path, kind: str) -> 
 
 def test_arrow_types_that_mean_the_same(tmp_path: Path) -> None:
     values = [[[1.0, -2.0], [3.0, 4.0]], [[0.0, 0.5], [0.25, -8.0]]]
+    halves = [[list(np.float16(row)) for row in sample] for sample in values]
     for inner in (pa.list_(pa.float32()), pa.large_list(pa.float64()), pa.list_(pa.float16(), 2)):
         for outer in (pa.list_(inner), pa.large_list(inner), pa.list_(inner, 2)):
             table = pa.table(
@@ -92,7 +93,7 @@ def test_arrow_types_that_mean_the_same(tmp_path: Path) -> None:
                     "note": ["not", "read"],
                     "layer": pa.array(["a", "a"]).dictionary_encode(),
                     "timestep": pa.array([0, 3], pa.uint8()),
-                    "samples": pa.array(np.float16(values).tolist(), pa.list_(pa.list_(pa.float16()))).cast(outer),
+                    "samples": pa.array(halves, pa.list_(pa.list_(pa.float16()))).cast(outer),
                 }
             )
             pq.write_table(table, tmp_path / "c.parquet")

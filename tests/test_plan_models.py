@@ -80,10 +80,10 @@ class TestRecipes:
 
     def test_measured_widths_leave_named_schemes_alone(self, tmp_path: Path) -> None:
         model = tiny_llama(tmp_path / "m")
-        options: dict[str, Any] = {"format": "parquet", "dry_run": True, "device": "reference"}
+        options: dict[str, Any] = {"format": "safetensors", "dry_run": True, "device": "reference"}
         rules = [(r"layers\.0\..*up_proj", "int3_g32"), ("embed_tokens", "nf4_g64")]
         found = quantize_checkpoint(
-            model, tmp_path / "q.parquet", "int2_g32", tensor_schemes=rules, widths=Widths(min_accuracy=0.99), **options
+            model, tmp_path / "q", "int2_g32", tensor_schemes=rules, widths=Widths(min_accuracy=0.99), **options
         )
         assert schemes(found)["model.layers.0.mlp.up_proj.weight"] == "int3_g32"
         assert schemes(found)["model.embed_tokens.weight"] == "nf4_g64"
@@ -182,14 +182,22 @@ class TestFused:
         assert kept == {Q, K, V, GATE, UP}
         assert reasons(found)[K] == "no place for rows of 256"
         assert reasons(found)[V] == f"fused with {K}, which is kept: no place for rows of 256"
-        assert found.warnings == ()
+        assert found.warnings == (
+            f"5 tensors that were to be quantized stay in float (first: {Q}): fused with {K}, which is kept: "
+            f"no place for rows of 256 (2 tensors); no place for rows of 256 (2 tensors); and 1 other reasons, which the "
+            f"plan has.",
+        )
 
     def test_only_where_the_format_says_so(self) -> None:
         found = plan(AnySink(refuses=(K,)))
         assert (schemes(found)[K], schemes(found)[Q]) == (None, "int4_g128")
-        (warning,) = found.warnings
-        assert warning.startswith("q_proj, k_proj, v_proj have different schemes in 1 layers")
-        assert plan(AnySink(refuses=(K,), fused_alike=False)).warnings == ()
+        kept, unequal = found.warnings
+        assert (
+            kept
+            == f"1 tensors that were to be quantized stay in float (first: {K}): no place for rows of 256 (1 tensors)."
+        )
+        assert unequal.startswith("q_proj, k_proj, v_proj have different schemes in 1 layers")
+        assert plan(AnySink(refuses=(K,), fused_alike=False)).warnings == (kept,)
 
     def test_what_the_user_ignores_does_not_keep_the_others(self) -> None:
         found = plan(AnySink(fused_alike=True), ignore=[r"layers\.0\..*k_proj"])

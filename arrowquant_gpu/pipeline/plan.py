@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -153,7 +153,7 @@ def make_plan(
     policy = Policy(source.tensors, source.config, include, ignore, rules=rules, quantizes=quantizes)
     notes = [*_unknown(policy.model, source), *policy.check(source.tensors.values())]
     mixed = None if mix is None else _Mixed(mix, policy, source)
-    entries, refused, fixed = [], Counter[str](), set[str]()
+    entries, refused, fixed, to_quantize = [], Counter[str](), set[str](), set[str]()
     for info in in_file_order(source):
         decision = policy.decide(info)
         wanted, reason = decision.quantize, decision.reason
@@ -161,6 +161,7 @@ def make_plan(
         if sensitive == "raise" and reason in RAISED and len(info.shape) == 2:
             wanted, reason, asked = True, RAISED[reason], dataclasses.replace(scheme, bits=RAISED_BITS)
         if wanted:
+            to_quantize.add(info.name)
             try:
                 stored = sink.scheme_for(info, asked)
             except FormatError as e:
@@ -177,6 +178,7 @@ def make_plan(
         entries = _kept_alike(entries, policy.model, refused)
         if not any(e.scheme for e in entries):
             raise FormatError(_none_carried(source, entries, sink.format, scheme, refused))
+    notes += _left_in_float(entries, sink, to_quantize)
     plan = Plan(sink.format, scheme, (), (), mix=mix, notes=tuple(notes), fixed=frozenset(fixed))
     return planned(plan, source, sink, entries)
 
@@ -306,6 +308,19 @@ def _unknown(model: Model, source: Checkpoint) -> list[str]:
         return []
     return [
         f"architecture {model.name} is not in the table of models: generic rules decide which tensors are quantized."
+    ]
+
+
+def _left_in_float(entries: Sequence[Entry], sink: Sink, wanted: Collection[str]) -> list[str]:
+    """A warning where tensors that the policy wants quantized are kept, since the format cannot carry them."""
+    kept = [e for e in entries if e.scheme is None and e.info.name in wanted and sink.n_bytes(e)]
+    if not kept:
+        return []
+    reasons = Counter(e.reason for e in kept).most_common()
+    listed = "; ".join(f"{reason} ({n} tensors)" for reason, n in reasons[:2])
+    more = f"; and {len(reasons) - 2} other reasons, which the plan has" if len(reasons) > 2 else ""
+    return [
+        f"{len(kept)} tensors that were to be quantized stay in float (first: {kept[0].info.name}): {listed}{more}."
     ]
 
 
