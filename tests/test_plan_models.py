@@ -184,8 +184,8 @@ class TestFused:
         assert reasons(found)[V] == f"fused with {K}, which is kept: no place for rows of 256"
         assert found.warnings == (
             f"5 tensors that were to be quantized stay in float (first: {Q}): fused with {K}, which is kept: "
-            f"no place for rows of 256 (2 tensors); no place for rows of 256 (2 tensors); and 1 other reasons, which the "
-            f"plan has.",
+            f"no place for rows of 256 (2 tensors); no place for rows of 256 (2 tensors); and 1 other reasons, which "
+            f"the plan has.",
         )
 
     def test_only_where_the_format_says_so(self) -> None:
