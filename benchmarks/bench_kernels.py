@@ -3,9 +3,9 @@
     python benchmarks/bench_kernels.py --device cpu --out benchmarks/results
     python benchmarks/bench_kernels.py --device cuda --out benchmarks/results
 
-A rate is (bytes read + bytes written) / time, medians of some rounds; granularity tensor reads its weights twice. What
-stands beside it is a copy that reads and writes as many bytes in all. Candidates take turns, so that a slow moment of
-the machine hits all of them, and no tensor is in a cache when its turn comes.
+A rate is (bytes read + bytes written) / time, medians of some rounds; a scheme with a scale of the whole tensor reads
+its weights twice. What stands beside it is a copy that reads and writes as many bytes in all. Candidates take turns, so
+that a slow moment of the machine hits all of them, and no tensor is in a cache when its turn comes.
 
 On a GPU the time is that of the kernels alone, between events on their stream, and the L2 is overwritten before each
 call. On the CPU it is that of the backend's call, after calls that do not count: a virtual core that slept takes
@@ -21,7 +21,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from arrowquant_gpu.backends import Backend  # noqa: E402
 from arrowquant_gpu.backends.cpu import CpuBackend  # noqa: E402
 from arrowquant_gpu.backends.cpu_tasks import Task  # noqa: E402
 from arrowquant_gpu.dtypes import DTYPES, KERNEL_DTYPES  # noqa: E402
+from arrowquant_gpu.grids import GRIDS  # noqa: E402
 from arrowquant_gpu.schemes import BITS, SCALE_SUFFIXES, Scheme  # noqa: E402
 from benchmarks import pictures  # noqa: E402
 from benchmarks.bench_cpu import make_weights  # noqa: E402
@@ -47,15 +48,27 @@ FLUSH_BYTES = 256 << 20  # larger than any L2
 HOST_BYTES = 1 << 30
 
 
-def schemes() -> Iterator[Scheme]:
-    """Every width, granularity and symmetry with float32 scales, and g128 with every scale type."""
+# Of the grids that have more than one scheme.
+FLOATS = ("nf4_g64", "fp4_g64", "e4m3_b128", "e4m3_channel", "e4m3_tensor", "e5m2_channel", "mxfp4", "mxfp8", "nvfp4")
+
+
+def turns() -> dict[str, list[Scheme]]:
+    """What takes turns: of each width of whole numbers every granularity and symmetry with float32 scales, and g128
+    with every scale type; of the other families each grid."""
+    found: dict[str, list[Scheme]] = {}
     for bits, (grain, size), symmetric in itertools.product(BITS, GRAINS, (True, False)):
         for scale_dtype in SCALE_SUFFIXES if size == 128 else ("float32",):
-            yield Scheme(bits, grain, size, symmetric, scale_dtype)
+            found.setdefault(f"int{bits}", []).append(Scheme(bits, grain, size, symmetric, scale_dtype))
+    found["affine"] = [Scheme.parse(f"affine{bits}_g64") for bits in BITS]
+    found["float"] = [Scheme.parse(text) for text in FLOATS]
+    for name, grid in GRIDS.items():
+        if grid.block:
+            found.setdefault(grid.family, []).append(Scheme.parse(name))
+    return found
 
 
 class Outputs(NamedTuple):
-    """Arrays for the codes of a tensor."""
+    """Arrays for the codes of a tensor; `zeros` is what is stored beside its scales, whatever that is."""
 
     packed: Any
     scales: Any
@@ -68,42 +81,48 @@ class Outputs(NamedTuple):
 
 def outputs(backend: Backend, scheme: Scheme, shape: tuple[int, int]) -> Outputs:
     packed = backend.empty(scheme.packed_shape(shape), np.uint8)
-    scales = backend.empty(scheme.scales_shape(shape), DTYPES[scheme.scale_dtype].numpy)
-    return Outputs(packed, scales, None if scheme.symmetric else backend.empty(scales.shape, np.uint8))
+    scales = backend.empty(scheme.scales_shape(shape), DTYPES[scheme.scale_storage].numpy)
+    beside, kind = scheme.zeros_shape(shape), scheme.zeros_dtype
+    zeros = None if beside is None or kind is None else backend.empty(beside, DTYPES[kind].numpy)
+    return Outputs(packed, scales, zeros)
 
 
-def quantize(backend: Backend, x: Any, scheme: Scheme, out: Outputs, solved: tuple[Any, Any] | None) -> None:
-    """All that the backend computes for one tensor: one kernel, or for granularity tensor its range and its codes."""
-    if solved is None:
-        backend.quantize(x, scheme, *out)
-    else:
+def quantize(backend: Backend, x: Any, scheme: Scheme, out: Outputs) -> None:
+    """All that the backend computes for one tensor: one kernel, and before it the range where that must be known."""
+    if scheme.needs_range:
         backend.value_range(x)
-        backend.encode(x, scheme, *solved, out.packed)
+    if scheme.granularity == "tensor":
+        backend.encode(x, scheme, out.scales, out.zeros, out.packed)
+    else:
+        backend.quantize(x, scheme, *out)
 
 
-def solve(backend: Backend, x: Any, scheme: Scheme) -> tuple[Any, Any] | None:
-    """For granularity tensor its scale and zero point, where the backend computes."""
-    if scheme.granularity != "tensor":
-        return None
+def solved(backend: Backend, x: Any, scheme: Scheme, out: Outputs) -> Outputs:
+    """The same with what follows from the range of the tensor, where the backend computes."""
+    if not scheme.needs_range:
+        return out
     low, high, _ = backend.value_range(x)
     bounds = np.full((1, 1), low, np.float32), np.full((1, 1), high, np.float32)
-    scales, zeros, _ = reference.scales_and_zeros(*bounds, scheme)
-    return backend.put(scales), None if zeros is None else backend.put(zeros)
+    scales, zeros, _ = reference.solve(*bounds, scheme)
+    return Outputs(
+        out.packed,
+        out.scales if scales is None else backend.put(scales),
+        out.zeros if zeros is None else backend.put(zeros),
+    )
 
 
 def check_bits(backend: Backend, scheme: Scheme, dtype: str) -> None:
-    """Raise unless the backend gives the reference's bytes for a tensor with tails, encoded and decoded."""
-    host = make("normal", (67, 1000), dtype)
-    x, out = backend.put(host), outputs(backend, scheme, host.shape)
-    solved = solve(backend, x, scheme)
-    quantize(backend, x, scheme, out, solved)
-    scales, zeros = (out.scales, out.zeros) if solved is None else solved
+    """Raise unless the backend gives the reference's bytes for a tensor, with tails if there can be, both ways."""
+    host = make("normal", (67, 1024 if GRIDS[scheme.grid].block else 1000), dtype)
+    x = backend.put(host)
+    out = solved(backend, x, scheme, outputs(backend, scheme, host.shape))
+    quantize(backend, x, scheme, out)
     decoded = backend.empty(host.shape, host.dtype)
-    backend.dequantize(out.packed, scales, zeros, scheme, decoded)
+    backend.dequantize(*out, scheme, decoded)
     want = reference.quantize(host, scheme)[:3]
     wanted = (*want, reference.dequantize(*want, scheme, host.shape[1], dtype))
     names = ("packed", "scales", "zeros", "decoded")
-    for name, got, expected in zip(names, (out.packed, scales, zeros, decoded), wanted, strict=True):
+    for name, got, expected in zip(names, (*out, decoded), wanted, strict=True):
         if expected is not None:
             on_host = np.empty(expected.shape, expected.dtype)
             backend.get(got, on_host)
@@ -235,35 +254,34 @@ class Candidate(NamedTuple):
     run: Callable[[int], Any]
 
 
-def candidates(place: Cpu | Gpu, weights: list[Any], bits: int) -> list[Candidate]:
-    """For one width: a copy that moves as many bytes as int{b}_g128 does, and the kernels of each scheme."""
+def candidates(place: Cpu | Gpu, weights: list[Any], schemes: Sequence[Scheme]) -> list[Candidate]:
+    """A copy that moves as many bytes as the first scheme does, and the kernels of each."""
     backend, x = place.backend, weights[0]
-    half = (x.nbytes + Scheme(bits).n_bytes(x.shape)) // 2048 * 1024
+    half = (x.nbytes + schemes[0].n_bytes(x.shape)) // 2048 * 1024
     found = [Candidate(None, 2 * half, place.copy(half))]
-    for scheme in schemes():
-        if scheme.bits == bits:
-            out, solved = outputs(backend, scheme, x.shape), solve(backend, x, scheme)
-            moved = x.nbytes + out.nbytes if solved is None else 2 * x.nbytes + out.packed.nbytes
+    for scheme in schemes:
+        out = solved(backend, x, scheme, outputs(backend, scheme, x.shape))
+        moved = (2 if scheme.needs_range else 1) * x.nbytes + out.nbytes
 
-            def run(i: int, scheme: Scheme = scheme, out: Outputs = out, solved: Any = solved) -> None:
-                quantize(backend, weights[i % len(weights)], scheme, out, solved)
+        def run(i: int, scheme: Scheme = scheme, out: Outputs = out) -> None:
+            quantize(backend, weights[i % len(weights)], scheme, out)
 
-            found.append(Candidate(scheme, moved, run))
+        found.append(Candidate(scheme, moved, run))
     return found
 
 
 def measure(place: Cpu | Gpu, dtype: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """(a row for each scheme, GB/s of the copy for each width) with weights of one dtype."""
+    """(a row for each scheme, GB/s of the copy in each turn) with weights of one dtype."""
     weights = place.weights(dtype)
     rows, copies = [], {}
-    for bits in BITS:
-        turn = candidates(place, weights, bits)
+    for name, schemes in turns().items():
+        turn = candidates(place, weights, schemes)
         rates: list[list[float]] = [[] for _ in turn]
         for i in range(rounds + 1):  # the first round does not count
             for candidate, seen in zip(turn, rates, strict=True):
                 seen.append(candidate.n_bytes / place.seconds(candidate.run, i) / 1e9)
         copy, *medians = (statistics.median(seen[1:]) for seen in rates)
-        copies[f"int{bits}"] = round(copy, 2)
+        copies[name] = round(copy, 2)
         for candidate, rate in zip(turn[1:], medians, strict=True):
             row = {"scheme": str(candidate.scheme), "dtype": dtype}
             rows.append(row | {"gb_s": round(rate, 2), "of_copy": round(rate / copy, 3)})
@@ -272,7 +290,7 @@ def measure(place: Cpu | Gpu, dtype: str, rounds: int) -> tuple[list[dict[str, A
 
 def run(place: Cpu | Gpu, dtypes: Sequence[str], rounds: int) -> dict[str, Any]:
     """What goes into the results file."""
-    for scheme, dtype in itertools.product(schemes(), dtypes):
+    for scheme, dtype in itertools.product(itertools.chain(*turns().values()), dtypes):
         check_bits(place.backend, scheme, dtype)
     results: dict[str, Any] = {"shape": place.shape, "rounds": rounds, "beside": place.beside, **place.about()}
     results |= {"copy_gb_s": {}, "kernels": []}

@@ -46,8 +46,11 @@ def _subplots(**options: Any) -> Any:
 
 
 def kernels(results: Results) -> Any:
-    """A heat map of the share of the copy: a row for each width and dtype, a column for each other part of a scheme."""
-    rows = results["kernels"]
+    """Heat maps of the share of the copy: for whole numbers a row for each width and dtype, a column for each other
+    part of a scheme; for the other grids a row for each dtype.
+    """
+    rows = [row for row in results["kernels"] if row["scheme"].startswith("int")]
+    others = [row for row in results["kernels"] if row not in rows]
     across = list(dict.fromkeys(row["scheme"].partition("_")[2] for row in rows))
     widths = list(dict.fromkeys(row["scheme"].partition("_")[0] for row in rows))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
@@ -55,19 +58,29 @@ def kernels(results: Results) -> Any:
     for row in rows:
         width, _, rest = row["scheme"].partition("_")
         shares[dtypes.index(row["dtype"]), widths.index(width), across.index(rest)] = row["of_copy"]
-    figure, axes = _subplots(nrows=len(dtypes), figsize=(9.5, 1 + 2.1 * len(dtypes)), sharex=True, squeeze=False)
-    for axis, dtype, values in zip(axes[:, 0], dtypes, shares, strict=True):
-        image = axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1.2, aspect="auto")
-        for (y, x), value in np.ndenumerate(values):
-            axis.text(x, y, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=7)
-        axis.set_yticks(range(len(widths)), widths)
-        axis.set_xticks(range(len(across)), across, rotation=35, ha="right")
-        axis.spines[:].set_visible(False)
+    heights = [*[2.1] * len(dtypes), 1.1]
+    figure, axes = _subplots(nrows=len(heights), figsize=(11, 2 + sum(heights)), height_ratios=heights)
+    for axis, dtype, values in zip(axes, dtypes, shares, strict=False):
+        _heat_map(axis, values, widths, across)
         copies = results["copy_gb_s"][dtype].values()
         axis.set_title(f"{dtype}: {results['beside']} {np.median(list(copies)):,.0f} GB/s", loc="left", fontsize=9)
-    figure.colorbar(image, ax=axes[:, 0], shrink=0.5, label=f"share of the {results['beside']}")
+    names = list(dict.fromkeys(row["scheme"] for row in others))
+    found = {(row["dtype"], row["scheme"]): row["of_copy"] for row in others}
+    image = _heat_map(axes[-1], np.array([[found[dtype, name] for name in names] for dtype in dtypes]), dtypes, names)
+    axes[-1].set_title("other grids", loc="left", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.5, label=f"share of the {results['beside']}")
     figure.suptitle("Rate of the kernels, bytes read and written, beside a copy of as many bytes", fontsize=10)
     return figure
+
+
+def _heat_map(axis: Any, values: Any, rows: list[str], columns: list[str]) -> Any:
+    image = axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=1.2, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        axis.text(x, y, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=6)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=7)
+    axis.spines[:].set_visible(False)
+    return image
 
 
 def checkpoint(results: Results) -> Any:

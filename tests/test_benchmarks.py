@@ -20,6 +20,7 @@ import safetensors
 from arrowquant_gpu import quantize_checkpoint
 from arrowquant_gpu.backends.cpu import CpuBackend
 from arrowquant_gpu.formats.output import Output
+from arrowquant_gpu.grids import GRIDS
 from arrowquant_gpu.schemes import Scheme
 from benchmarks import (
     bench_arrowquant_v2,
@@ -222,7 +223,8 @@ def test_a_wrong_code_on_a_path_is_noticed(path: str, monkeypatch: pytest.Monkey
 
 def test_a_wrong_code_of_a_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = CpuBackend(1)
-    schemes = [Scheme.parse(s) for s in ("int4_g128", "int3_channel_asym", "int8_tensor", "int2_tensor_asym")]
+    ids = ("int4_g128", "int3_channel_asym", "int8_tensor", "int2_tensor_asym", "nvfp4", "e4m3_tensor", "q4_k")
+    schemes = [Scheme.parse(text) for text in ids]
     for scheme in schemes:
         bench_kernels.check_bits(backend, scheme, "bfloat16")
     monkeypatch.setattr(bench_kernels.reference, "quantize", wrong(bench_kernels.reference.quantize))
@@ -250,8 +252,9 @@ def test_kernels_are_all_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(bench_kernels, "check_bits", lambda *_: None)
     results = bench_kernels.run(bench_kernels.Cpu(1), ("float32",), 1)
     names = [row["scheme"] for row in results["kernels"]]
-    assert len(set(names)) == len(names) == 6 * (5 * 2 + 2 * 2)
-    assert {Scheme.parse(name).id for name in names} == set(names)
+    assert len(set(names)) == len(names)
+    assert sum(name.startswith("int") for name in names) == 6 * (5 * 2 + 2 * 2)
+    assert {Scheme.parse(name).grid for name in names} == set(GRIDS)
     assert all(row["gb_s"] > 0 for row in results["kernels"])
     assert capsys.readouterr().out.count("of the copy") == len(names)
 
@@ -352,9 +355,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.compiler
 @pytest.mark.usefixtures("stand_in")
 def test_the_benchmark_of_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = [Scheme.parse(s) for s in ("int4_g128", "int4_tensor_asym")]
-    monkeypatch.setattr(bench_kernels, "schemes", lambda: chosen)
-    monkeypatch.setattr(bench_kernels, "BITS", (4,))
+    chosen = [Scheme.parse(s) for s in ("int4_g128", "int4_tensor_asym", "q4_0", "nvfp4")]
+    monkeypatch.setattr(bench_kernels, "turns", lambda: {"some": chosen})
     monkeypatch.setattr(bench_kernels, "FLUSH_BYTES", 1 << 12)
     monkeypatch.setattr(bench_kernels, "HOST_BYTES", 1 << 12)
     monkeypatch.setattr(bench_kernels.Gpu, "shape", (16, 256))
@@ -364,7 +366,7 @@ def test_the_benchmark_of_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(place, "seconds", lambda *a: (seconds(*a), launches.append(len(place.spans)))[0])
     results = bench_kernels.run(place, ("bfloat16",), 1)
     assert [row["scheme"] for row in results["kernels"]] == [s.id for s in chosen]
-    assert launches == [1, 1, 2] * 2  # the copy, one kernel, and the two of granularity tensor
+    assert launches == [1, 1, 2, 1, 2] * 2  # the copy, one kernel, and two where the range must be known
     assert results["host"].keys() == {"put_gb_s", "get_gb_s"}
 
 
