@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from arrowquant_gpu import reference
 from arrowquant_gpu.dtypes import DTYPES
 from arrowquant_gpu.errors import FormatError, SourceError
-from arrowquant_gpu.formats import Codes, Entry, TensorInfo, stored_model
+from arrowquant_gpu.formats import Entry, TensorInfo, stored_model
 from arrowquant_gpu.formats import pieces as formats_pieces
 from arrowquant_gpu.formats.bitsandbytes import BitsAndBytesSink, dynamic_map, nested_codes, nested_values
 from arrowquant_gpu.formats.bitsandbytes_checkpoint import BitsAndBytesCheckpoint
-from arrowquant_gpu.formats.checkpoint import open_checkpoint
 from arrowquant_gpu.formats.output import Output
 from arrowquant_gpu.formats.quantized import open_quantized
 from arrowquant_gpu.pipeline.verify import verify_checkpoint
 from arrowquant_gpu.schemes import Scheme
 from arrowquant_gpu.tensor import QuantizedTensor
 
+from . import format_checks
 from .bitwise import assert_bitwise_equal
-from .model_files import load, model, quantize, rewrite, torch_tensor, written_in
+from .model_files import load, model, quantize, rewrite, torch_tensor
 
 RNG = np.random.default_rng(20261124)
 DOUBLE = {"double_quant": "true"}
@@ -127,19 +127,15 @@ def test_every_part_of_eight_bits(tmp_path: Path, dtype: str) -> None:
 def test_pieces_in_any_order_make_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, options: dict[str, str], piece_bytes: int
 ) -> None:
-    weights, parsed = weights_of((37, 640)), Scheme.parse(scheme)
-    source = open_checkpoint(model(tmp_path / "m", {"a.weight": weights}))
-    entry = Entry(source.tensors["a.weight"], parsed, "")
-    codes = Codes(*reference.quantize(weights, parsed)[:3])
-    files = []
-    for name, size in (("one", 1 << 24), ("many", piece_bytes)):
-        monkeypatch.setattr(formats_pieces, "PIECE_BYTES", size)
-        output = Output(tmp_path / name, is_directory=True)
-        sink = BitsAndBytesSink(output, source.config, **options)
-        assert list(written_in(RNG, sink, output, entry, codes, source)) == []
-        files.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert files[0] == files[1]
-    assert sum(t.nbytes for t in load(tmp_path / "one").values()) == sink.n_bytes(entry)
+    format_checks.pieces(
+        tmp_path,
+        monkeypatch,
+        RNG,
+        weights_of((37, 640)),
+        Scheme.parse(scheme),
+        piece_bytes,
+        lambda output, config: BitsAndBytesSink(output, config, **options),
+    )
 
 
 def test_a_run_that_is_resumed_writes_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
