@@ -86,7 +86,8 @@ class ArrowCheckpoint(RowCheckpoint):
 
     def _columns(self, names: list[str]) -> pa.Table:
         reader = self._reader(names)
-        batches = [_checked(self.path, i, reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        # Copied: a batch of some columns lies in a buffer as large as one of all of them.
+        batches = [_checked(self.path, i, reader.get_batch(i)).take([0]) for i in range(reader.num_record_batches)]
         return pa.Table.from_batches(batches, reader.schema).select(names)
 
     def _row(self, i: int, names: list[str] | None = None) -> pa.RecordBatch:
