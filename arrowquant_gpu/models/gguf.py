@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FormatError
+from .parts import Part, Rule, parse_rules
 from .tables import expression, made, read, row
 
 # What stands for a number or an optional prefix in a name of gguf.toml.
@@ -78,6 +79,7 @@ class Gguf:
     _constants: Mapping[str, Any]
     _omit: tuple[re.Pattern[str], ...]
     _vocabularies: tuple[Vocabulary, ...]
+    _parts: tuple[tuple[re.Pattern[str], tuple[Rule, ...]], ...]
     _permute: bool
     _norms_plus_one: bool
     _rope_freqs: bool
@@ -89,17 +91,20 @@ class Gguf:
         GgufName(name='blk.1.ffn_down_exps.weight', expert=5, permute=None, add=0.0, layer=1)
         """
         module, _, parameter = hf_name.rpartition(".")
-        if parameter not in ("weight", "bias") or self.omits(hf_name):
+        if self.omits(hf_name):
             return None
+        is_usual = parameter in ("weight", "bias")
         for pattern, template in self._names:
-            found = pattern.fullmatch(module)
+            # Of parameters with a name of their own the table has the whole of both names.
+            is_whole = template.endswith((".weight", ".bias"))
+            found = pattern.fullmatch(hf_name if is_whole else module) if is_whole or is_usual else None
             if found is not None:
                 parts = found.groupdict()
                 layer, expert = (None if parts.get(k) is None else int(parts[k]) for k in ("layer", "expert"))
                 name = template.replace("{layer}", str(layer))
                 last = name.rpartition(".")[2]
                 return GgufName(
-                    f"{name}.{parameter}",
+                    name if is_whole else f"{name}.{parameter}",
                     expert,
                     _PERMUTED.get(last) if self._permute else None,
                     1.0 if self._norms_plus_one and last.endswith("norm") and parameter == "weight" else 0.0,
@@ -114,6 +119,15 @@ class Gguf:
         True
         """
         return any(pattern.search(hf_name) for pattern in self._omit)
+
+    def parts(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+        """The tensors that the file has in parts, with those. Raises FormatError for a size that config.json lacks."""
+        return {
+            name: tuple(rule.part(found.groupdict().get("layer") or "", config) for rule in rules)
+            for name in names
+            for pattern, rules in self._parts
+            if (found := pattern.fullmatch(name)) is not None
+        }
 
     def keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of the architecture with their values: int for u32, float for f32, bool, str.
@@ -213,6 +227,7 @@ def parse_ggufs(data: dict[str, Any]) -> dict[str, Gguf]:
             row(f"{place}: without", keys, key)
             del keys[key]
         names = [row(f"{place}: names", data["names"], part) for part in table.pop("names")]
+        cut = [row(f"{place}: parts", data["parts"], part) for part in table.pop("parts", ())]
         vocabularies = table.pop("vocabularies", ())
         omit = [*data["omit"], *table.pop("omit", ())]
         fields = {
@@ -220,6 +235,11 @@ def parse_ggufs(data: dict[str, Any]) -> dict[str, Gguf]:
             "_keys": keys,
             "_constants": table.pop("constants", {}),
             "_omit": tuple(expression(f"{place}: omit", text) for text in omit),
+            "_parts": tuple(
+                (_pattern(key), parse_rules(f"{place}: parts.{key}", value))
+                for part in cut
+                for key, value in part.items()
+            ),
             "_vocabularies": tuple(made(Vocabulary, f"{place}: vocabularies", v) for v in vocabularies),
             **{f"_{flag}": table.pop(flag, False) for flag in ("permute", "norms_plus_one", "rope_freqs")},
         }

@@ -17,6 +17,7 @@ import pyarrow as pa
 from .. import models
 from ..dtypes import DTYPES
 from ..engine.decoded import DecodedCheckpoint
+from ..engine.parted import PartedCheckpoint
 from ..errors import FormatError, PolicyError, SchemeError
 from ..formats import Checkpoint, Entry, Sink, TensorInfo
 from ..formats.targets import TARGETS, carriers
@@ -276,6 +277,7 @@ def _none_wanted(entries: list[Entry]) -> str:
 
 def _loses_twice(source: Checkpoint) -> list[str]:
     """A warning where weights that are quantized already are quantized again."""
+    source = source.source if isinstance(source, PartedCheckpoint) else source
     if not isinstance(source, DecodedCheckpoint):
         return []
     return [
