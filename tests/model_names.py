@@ -42,6 +42,17 @@ EXPERTS = (
     (f"{L}mlp.experts.5.up_proj.weight", 2, "expert", "blk.1.ffn_up_exps.weight"),
     (f"{L}mlp.experts.5.down_proj.weight", 2, "expert", "blk.1.ffn_down_exps.weight"),
 )
+SHARED_EXPERTS = tuple(
+    (f"{L}mlp.shared_experts.{p}_proj.weight", 2, "shared expert", f"blk.1.ffn_{p}_shexp.weight")
+    for p in ("gate", "up", "down")
+)
+# k_b and v_b are the parts of kv_b.
+LATENT = (
+    (f"{L}self_attn.kv_a_proj_with_mqa.weight", 2, "attention", "blk.1.attn_kv_a_mqa.weight"),
+    (f"{L}self_attn.kv_a_layernorm.weight", 1, "norm", "blk.1.attn_kv_a_norm.weight"),
+    (f"{L}self_attn.k_b_proj.weight", 3, "attention", "blk.1.attn_k_b.weight"),
+    (f"{L}self_attn.v_b_proj.weight", 3, "attention", "blk.1.attn_v_b.weight"),
+)
 FOUR_NORMS = (
     (f"{L}post_attention_layernorm.weight", 1, "norm", "blk.1.post_attention_norm.weight"),
     (f"{L}pre_feedforward_layernorm.weight", 1, "norm", "blk.1.ffn_norm.weight"),
@@ -114,35 +125,29 @@ NAMES: dict[str, Names] = {
         ),
     ),
     "deepseek_v2": Names(
-        {"model_type": "deepseek_v2"},
-        plain(
-            ("model.embed_tokens.weight", 2, "embedding"),
-            (f"{L}self_attn.q_proj.weight", 2, "attention"),
-            (f"{L}self_attn.kv_a_proj_with_mqa.weight", 2, "attention"),
-            (f"{L}self_attn.kv_a_layernorm.weight", 1, "norm"),
-            (f"{L}self_attn.kv_b_proj.weight", 2, "attention"),
-            (f"{L}self_attn.o_proj.weight", 2, "attention"),
-            ("model.layers.0.mlp.gate_proj.weight", 2, "mlp"),
-            (f"{L}mlp.gate.weight", 2, "router"),
-            (f"{L}mlp.shared_experts.up_proj.weight", 2, "shared expert"),
-            (f"{L}mlp.experts.63.down_proj.weight", 2, "expert"),
-            ("lm_head.weight", 2, "head"),
+        {"model_type": "deepseek_v2", "num_hidden_layers": 27},
+        (
+            *(*HEAD, *TWO_NORMS, *DENSE, *EXPERTS, *LATENT, *SHARED_EXPERTS),
+            ("model.embed_tokens.weight", 2, "embedding", "token_embd.weight"),
+            (f"{L}self_attn.q_proj.weight", 2, "attention", "blk.1.attn_q.weight"),
+            (f"{L}self_attn.o_proj.weight", 2, "attention", "blk.1.attn_output.weight"),
+            (f"{L}self_attn.rotary_emb.inv_freq", 1, "other", "-"),
         ),
     ),
     "deepseek_v3": Names(
-        {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
-        plain(
-            (f"{L}self_attn.q_a_proj.weight", 2, "attention"),
-            (f"{L}self_attn.q_a_layernorm.weight", 1, "norm"),
-            (f"{L}self_attn.q_b_proj.weight", 2, "attention"),
-            (f"{L}self_attn.kv_a_proj_with_mqa.weight", 2, "attention"),
-            ("model.layers.3.mlp.gate.weight", 2, "router"),
-            ("model.layers.3.mlp.gate.e_score_correction_bias", 1, "bias"),
-            ("model.layers.3.mlp.experts.255.gate_proj.weight", 2, "expert"),
-            ("model.layers.61.eh_proj.weight", 2, "other"),
-            ("model.layers.61.enorm.weight", 1, "norm"),
-            ("model.layers.61.shared_head.head.weight", 2, "head"),
-            ("model.layers.61.embed_tokens.weight", 2, "embedding"),
+        {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": 61},
+        (
+            *(*HEAD, *TWO_NORMS, *DENSE, *EXPERTS, *LATENT, *SHARED_EXPERTS),
+            (f"{L}self_attn.q_a_proj.weight", 2, "attention", "blk.1.attn_q_a.weight"),
+            (f"{L}self_attn.q_a_layernorm.weight", 1, "norm", "blk.1.attn_q_a_norm.weight"),
+            (f"{L}self_attn.q_b_proj.weight", 2, "attention", "blk.1.attn_q_b.weight"),
+            (f"{L}mlp.gate.e_score_correction_bias", 1, "bias", "blk.1.exp_probs_b.bias"),
+            ("model.layers.61.mlp.experts.255.gate_proj.weight", 2, "expert", "-"),
+            ("model.layers.61.self_attn.kv_b_proj.weight", 2, "attention", "-"),
+            ("model.layers.61.eh_proj.weight", 2, "other", "-"),
+            ("model.layers.61.enorm.weight", 1, "norm", "-"),
+            ("model.layers.61.shared_head.head.weight", 2, "head", "-"),
+            ("model.layers.61.embed_tokens.weight", 2, "embedding", "-"),
         ),
     ),
     "gpt_oss": Names(

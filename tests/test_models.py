@@ -37,6 +37,46 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 3,
+    "num_nextn_predict_layers": 1,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 4096,
+    },
+}
 
 
 def test_every_architecture_of_the_table_has_names_here() -> None:
@@ -63,9 +103,12 @@ def test_roles_and_gguf_names(arch: str, name: str, ndim: int, role: str, gguf_n
         assert model.gguf is None
         return
     assert model.gguf is not None
-    found = model.gguf.name(name)
-    assert (None if found is None else found.name) == (None if gguf_name == "-" else gguf_name)
-    assert model.gguf.omits(name) == (gguf_name == "-")
+    is_omitted = model.gguf.omits(name, NAMES[arch].config)
+    assert is_omitted == (gguf_name == "-")
+    if not is_omitted:
+        found = model.gguf.name(name)
+        assert found is not None
+        assert found.name == gguf_name
 
 
 @pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.names])
@@ -254,6 +297,104 @@ class TestGguf:
         assert table.vocabulary({"vocab_size": 128256}) == ("gpt2", "llama-bpe")
         assert models.find({"model_type": "bert"}, []).gguf.tokenizer == "bert"
 
+    def test_keys_of_deepseek(self) -> None:
+        """V3 as it is published: what is summed, scaled, counted, named by a number, or one for all."""
+        found = models.find(DEEPSEEK, []).gguf.keys(DEEPSEEK)
+        assert {k.removeprefix("deepseek2."): v for k, v in found.items()} == {
+            "vocab_size": 129280,
+            "context_length": 163840,
+            "embedding_length": 7168,
+            "block_count": 61,
+            "feed_forward_length": 18432,
+            "attention.head_count": 128,
+            "attention.head_count_kv": 1,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "attention.q_lora_rank": 1536,
+            "attention.kv_lora_rank": 512,
+            "attention.key_length": 576,
+            "attention.value_length": 512,
+            "attention.key_length_mla": 192,
+            "attention.value_length_mla": 128,
+            "rope.dimension_count": 64,
+            "rope.freq_base": 10000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 40.0,
+            "rope.scaling.original_context_length": 4096,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+            "leading_dense_block_count": 3,
+            "expert_count": 256,
+            "expert_used_count": 8,
+            "expert_shared_count": 1,
+            "expert_feed_forward_length": 2048,
+            "expert_weights_scale": 2.5,
+            "expert_weights_norm": True,
+            "expert_gating_func": 2,
+            "expert_group_count": 8,
+            "expert_group_used_count": 4,
+        }
+        assert found["deepseek2.expert_weights_norm"] is True
+        lite = {**DEEPSEEK, "model_type": "deepseek_v2", "architectures": [], "q_lora_rank": None}
+        lite |= {"scoring_func": "softmax", "norm_topk_prob": False, "n_group": None, "topk_group": None}
+        found = models.find(lite, []).gguf.keys(lite)
+        assert (found["deepseek2.attention.q_lora_rank"], found["deepseek2.expert_gating_func"]) == (0, 1)
+        assert not [k for k in found if "group" in k or "weights_norm" in k]
+        for version, said in (("v2", 1), ("v3", 2)):
+            unsaid = {k: v for k, v in lite.items() if k != "scoring_func"} | {"model_type": f"deepseek_{version}"}
+            assert models.find(unsaid, []).gguf.keys(unsaid)["deepseek2.expert_gating_func"] == said
+
+    @pytest.mark.parametrize(
+        ("own", "words"),
+        [
+            ({"rope_interleave": False}, "has rope_interleave False; llama.cpp computes with True"),
+            ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; llama.cpp computes with 'silu'"),
+            ({"moe_layer_freq": 2}, "has moe_layer_freq 2; llama.cpp computes with 1"),
+            ({"scoring_func": "tanh"}, "scoring_func 'tanh'; what GGUF can say is softmax, sigmoid"),
+            ({"norm_topk_prob": 1}, "norm_topk_prob 1, which is neither true nor false"),
+            ({"v_head_dim": None}, "no v_head_dim, which GGUF stores as attention.value_length_mla"),
+            (
+                {"qk_rope_head_dim": None},
+                "no kv_lora_rank or qk_rope_head_dim, which GGUF stores as attention.key_length",
+            ),
+            ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'; what GGUF can say is yarn"),
+            (
+                {"rope_scaling": {"type": "yarn", "factor": 2}},
+                "no rope_parameters.mscale_all_dim or rope_scaling.mscale",
+            ),
+            (
+                {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1.0, "mscale_all_dim": 0.707}},
+                r"mscale_all_dim 0.707 and rope_parameters.mscale 1.0; llama.cpp has one value for both",
+            ),
+            (
+                {"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}},
+                r"mscale_all_dim 1.0 and rope_parameters.mscale None; llama.cpp has one value",
+            ),
+        ],
+    )
+    def test_what_llama_cpp_would_compute_otherwise(self, own: dict[str, Any], words: str) -> None:
+        config = DEEPSEEK | own
+        with pytest.raises(FormatError, match=words):
+            models.find(config, []).gguf.keys(config)
+
+    def test_layers_after_the_last_are_left_out(self) -> None:
+        table, name = models.find(DEEPSEEK, []).gguf, "model.layers.{}.self_attn.kv_b_proj.weight"
+        assert [table.omits(name.format(i), DEEPSEEK) for i in (0, 60, 61, 62)] == [False, False, True, True]
+        assert not table.omits("model.norm.weight", DEEPSEEK)
+        assert not table.omits(name.format(61))
+        assert not table.omits(name.format(61), {"num_hidden_layers": None})
+        assert not models.find(LLAMA, []).gguf.omits(name.format(61), LLAMA)
+        assert list(table.parts(DEEPSEEK, [name.format(i) for i in (60, 61)])) == [name.format(60)]
+
+    def test_parts(self) -> None:
+        table, name = models.find(DEEPSEEK, []).gguf, "model.layers.7.self_attn.kv_b_proj.weight"
+        k, v = table.parts(DEEPSEEK, ["model.norm.weight", name])[name]
+        assert (k.name, v.name) == (name.replace("kv_b", "k_b"), name.replace("kv_b", "v_b"))
+        assert (k.shape((128 * 256, 512)), v.shape((128 * 256, 512))) == ((128, 512, 128), (128, 128, 512))
+        lite = DEEPSEEK | {"model_type": "deepseek_v2"}
+        assert models.find(lite, []).gguf.parts(lite, [name]) == {name: (k, v)}
+        assert models.find(LLAMA, []).gguf.parts(LLAMA, [name]) == {}
+
     @pytest.mark.interop
     @pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.gguf])
     def test_the_gguf_package_has_the_same_names(self, arch: str) -> None:
@@ -266,8 +407,10 @@ class TestGguf:
         n_compared = 0
         for name, *_ in NAMES[arch].rows:
             found = table.name(name)
-            if found is None:
+            if found is None or table.omits(name, NAMES[arch].config):
                 continue
+            # The converter takes this parameter for the bias of a module.
+            name = name.replace(".gate.e_score_correction_bias", ".e_score_correction.bias")
             template = found.name.rpartition(".")[0].replace("blk.1.", "blk.{bid}.")
             assert template in known, (name, template)
             # The converter joins experts under the name without their number, and drops the prefix of BERT.
@@ -386,6 +529,8 @@ class TestTables:
             (lambda d: d["architectures"]["phi"].update(without=["nothing"]), "phi: without: there is no 'nothing'"),
             (lambda d: d["keys"]["bert"]["block_count"].update(kind="int"), "keys.bert.block_count: .*'kind'"),
             (lambda d: d["keys"]["bert"]["block_count"].update(type="u32"), "type 'u32' is none of int, float, text"),
+            (lambda d: d["architectures"]["deepseek_v2"].update(parts=["kv"]), "deepseek_v2: parts: there is no 'kv'"),
+            (lambda d: d["architectures"]["deepseek_v2"].update(misread=[{"key": 1}]), "deepseek_v2: misread: .*'key'"),
         ],
     )
     def test_gguf(self, change: Any, words: str) -> None:

@@ -34,6 +34,24 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The families of DeepSeek cut with several expressions, one after the other; of letters this is the part of the first.
+CUTS = {
+    **{family: (WORDS % digits,) for family, digits in DIGITS.items()},
+    "deepseek2": (
+        "[\r\n]",
+        r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥ࠀ-一가-퟿]+",
+        r"\p{N}",
+    ),
+    "deepseek3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -116,13 +134,14 @@ def byte_level(directory: Path, family: str, vocab: int, config: Mapping[str, ob
     ids = {content: len(pieces) + i for i, content in enumerate(special)}
     bos = config.get("bos_token")
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": WORDS % DIGITS[family]}, "behavior": "Isolated", "invert": False}
+    isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**isolated, "pattern": {"Regex": text}} for text in CUTS[family]]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "fuse_unk": False}
     model |= {"end_of_word_suffix": "", "byte_fallback": False, "ignore_merges": False}
     tokenizer = {
         "added_tokens": _special(ids),
         "normalizer": {"type": "NFC"} if family == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
         "post_processor": {"type": "Sequence", "processors": [level, _begin(bos, ids[bos])]} if bos else level,
         "decoder": level,
         "model": {**model, "vocab": pieces, "merges": [" ".join(pair) for pair in merges]},

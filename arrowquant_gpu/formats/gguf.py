@@ -82,7 +82,7 @@ class GgufSink:
         self.model = models.find(config, names)
         self._tokenizer, self._pre = tokenizer, pre
         self._homes, self._sizes = find_homes(self.model, self.config, names)
-        self._n_layers = self.model.n_layers(names)
+        self._n_layers = self.model.n_layers(name for name, home in self._homes.items() if home is not None)
         self._has_head = any(home is not None and home.name == "output.weight" for home in self._homes.values())
         # Weights of a diffusion model's embeddings and heads are few, and much depends on them.
         is_diffusion = self.model.gguf is None
@@ -139,6 +139,7 @@ class GgufSink:
         out = [name for name in (e.info.name for e in entries) if self._homes[name] is None]
         if out:
             found.append(f"{len(out)} tensors are not in the file (first: {out[0]}: {self._why_left_out(out[0])}).")
+        found += [] if self.model.gguf is None else self.model.gguf.misread(self.config)
         if self.model.name in DIFFUSION and any(_DIFFUSERS.search(e.info.name) for e in entries):
             found.append("ComfyUI-GGUF reads the names of the model's authors, not those of diffusers.")
         return found

@@ -139,7 +139,7 @@ class GgufCheckpoint:
         omitted = tuple(name for name, row in record.items() if row is None)
         model = models.find(self.config, record) if omitted else None
         for name in omitted:
-            if model is None or model.gguf is None or not (name in model.tied or model.gguf.omits(name)):
+            if model is None or model.gguf is None or not (name in model.tied or model.gguf.omits(name, self.config)):
                 raise SourceError(f"{self.path}: the record of {name[:100]!r} has no place for it, and it is needed")
         return omitted
 

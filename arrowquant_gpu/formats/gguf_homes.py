@@ -56,8 +56,9 @@ def find_homes(
     heads = {None: 0, "q": q, "k": kv or q}
     homes: dict[str, Home | None] = {}
     for name in names:
-        found = gguf.name(name)
-        if found is None and not gguf.omits(name):
+        is_omitted = gguf.omits(name, config)
+        found = None if is_omitted else gguf.name(name)
+        if found is None and not is_omitted:
             raise FormatError(f"{name}: {model.name} has no such tensor in GGUF files; leave it out first")
         if found is None or name in model.tied:
             homes[name] = None

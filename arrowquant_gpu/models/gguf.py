@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import FormatError
 from .parts import Part, Rule, parse_rules
-from .tables import expression, made, read, row
+from .tables import expression, generic, made, read, row
 
 # What stands for a number or an optional prefix in a name of gguf.toml.
 _PLACES = {"{layer}": r"(?P<layer>\d+)", "{expert}": r"(?P<expert>\d+)", "{bert}": r"(?:bert\.)?"}
@@ -42,11 +42,15 @@ class GgufName(NamedTuple):
 class Key:
     """Where the value of one key is in config.json; see gguf.toml."""
 
-    type: Literal["int", "float", "text"]
+    type: Literal["int", "float", "text", "bool"]
     sources: tuple[str, ...] = ()
     ratio: tuple[str, ...] = ()
+    sum: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
-    default: int | None = None
+    times: float = 1
+    same: tuple[str, ...] = ()
+    values: Mapping[str, int] | None = None
+    default: int | str | bool | None = None
     optional: bool = False
     absent: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
@@ -60,6 +64,15 @@ class Vocabulary:
     size: int
     tokenizer: str
     pre: str
+
+
+@dataclass(frozen=True, slots=True)
+class Misread:
+    """A value in config.json with which llama.cpp computes otherwise than the model's authors, and how."""
+
+    name: str
+    value: Any
+    how: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +91,9 @@ class Gguf:
     _keys: Mapping[str, Key]
     _constants: Mapping[str, Any]
     _omit: tuple[re.Pattern[str], ...]
+    _layers: str | None
+    _must: Mapping[str, Any]
+    _misread: tuple[Misread, ...]
     _vocabularies: tuple[Vocabulary, ...]
     _parts: tuple[tuple[re.Pattern[str], tuple[Rule, ...]], ...]
     _permute: bool
@@ -112,13 +128,29 @@ class Gguf:
                 )
         return None
 
-    def omits(self, hf_name: str) -> bool:
+    def omits(self, hf_name: str, config: Mapping[str, Any] | None = None) -> bool:
         """Whether files of this architecture leave a tensor out on purpose.
+
+        config: config.json, which says how many layers the model has: those after them only predict further tokens
 
         >>> ggufs()["bert"].omits("pooler.dense.weight")
         True
+        >>> ggufs()["deepseek_v3"].omits("model.layers.61.eh_proj.weight", {"num_hidden_layers": 61})
+        True
         """
-        return any(pattern.search(hf_name) for pattern in self._omit)
+        if any(pattern.search(hf_name) for pattern in self._omit):
+            return True
+        n = None if self._layers is None else _lookup(config or {}, (self._layers,))
+        layer = generic().layer.search(hf_name)
+        return layer is not None and isinstance(n, int) and int(layer[1]) >= n
+
+    def misread(self, config: Mapping[str, Any]) -> list[str]:
+        """Sentences about what of this model llama.cpp computes otherwise than the model's authors."""
+        return [
+            f"config.json has {row.name} {row.value!r}: {row.how}."
+            for row in self._misread
+            if _lookup(config, (row.name,)) == row.value
+        ]
 
     def parts(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[Part, ...]]:
         """The tensors that the file has in parts, with those. Raises FormatError for a size that config.json lacks."""
@@ -126,7 +158,7 @@ class Gguf:
             name: tuple(rule.part(found.groupdict().get("layer") or "", config) for rule in rules)
             for name in names
             for pattern, rules in self._parts
-            if (found := pattern.fullmatch(name)) is not None
+            if (found := pattern.fullmatch(name)) is not None and not self.omits(name, config)
         }
 
     def keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +171,12 @@ class Gguf:
         >>> keys["bert.block_count"], keys["bert.attention.causal"]
         (6, False)
         """
+        for name, value in self._must.items():
+            said = _lookup(config, (name,))
+            if said is not None and said != value:
+                raise FormatError(
+                    f"config.json has {name} {said!r}; llama.cpp computes with {value!r}. Choose another --format."
+                )
         found: dict[str, Any] = {}
         for name, key in self._keys.items():
             if key.when is not None and key.when not in found:
@@ -186,15 +224,24 @@ class Gguf:
             over, under = (_lookup(config, (part,)) for part in key.ratio)
             if _is_number(over) and _is_number(under) and under:
                 value = int(share * over) // under
+        elif key.sum:
+            summed = [_lookup(config, (part,)) for part in key.sum]
+            value = sum(summed) if all(map(_is_number, summed)) else None
         elif _is_number(value):
-            value = value * share
+            if key.same and _lookup(config, key.same) != value:
+                other = _lookup(config, key.same)
+                raise FormatError(
+                    f"config.json has {key.sources[0]} {value!r} and {key.same[0]} {other!r}; llama.cpp has one value "
+                    "for both. Choose another --format."
+                )
+            value = value * share * key.times
         if value is None:
             value = key.default
         if value is None or value in key.absent:
             if key.optional:
                 return None
             raise FormatError(
-                f"config.json has no {' or '.join(key.sources or key.ratio)}, which GGUF stores as {name}"
+                f"config.json has no {' or '.join(key.sources or key.ratio or key.sum)}, which GGUF stores as {name}"
             )
         if key.only is not None and value not in key.only:
             able = (
@@ -203,6 +250,13 @@ class Gguf:
             raise FormatError(f"config.json has {key.sources[0]} {value!r}; {able}. Choose another --format.")
         if key.type == "text":
             return str(value)
+        if key.type == "bool":
+            if not isinstance(value, bool):
+                raise FormatError(
+                    f"config.json has {' or '.join(key.sources)} {value!r}, which is neither true nor false"
+                )
+            return value
+        value = value if key.values is None else key.values[value]
         if not _is_number(value):
             raise FormatError(f"config.json has {' or '.join(key.sources)} {value!r}, which is not a number")
         return int(value) if key.type == "int" else float(value)
@@ -235,6 +289,9 @@ def parse_ggufs(data: dict[str, Any]) -> dict[str, Gguf]:
             "_keys": keys,
             "_constants": table.pop("constants", {}),
             "_omit": tuple(expression(f"{place}: omit", text) for text in omit),
+            "_layers": table.pop("layers", None),
+            "_must": table.pop("must", {}),
+            "_misread": tuple(made(Misread, f"{place}: misread", v) for v in table.pop("misread", ())),
             "_parts": tuple(
                 (_pattern(key), parse_rules(f"{place}: parts.{key}", value))
                 for part in cut
@@ -250,9 +307,10 @@ def parse_ggufs(data: dict[str, Any]) -> dict[str, Gguf]:
 def _key(place: str, fields: Mapping[str, Any]) -> Key:
     renamed = {"sources" if k == "from" else k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     key = made(Key, place, renamed)
-    if key.type not in ("int", "float", "text"):
-        raise ValueError(f"{place}: type {key.type!r} is none of int, float, text")
-    return dataclasses.replace(key, only=None if "only" not in fields else tuple(fields["only"]))
+    if key.type not in ("int", "float", "text", "bool"):
+        raise ValueError(f"{place}: type {key.type!r} is none of int, float, text, bool")
+    only = fields.get("only", key.values)
+    return dataclasses.replace(key, only=None if only is None else tuple(only))
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -75,9 +75,18 @@ class Part:
         return n, whole[-2] // (n if self.stack else 1), whole[-1]
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Its shape, where the tensor has the shape `whole`."""
+        """Its shape, where the tensor has the shape `whole`.
+
+        Raises FormatError for a shape that is not so many matrices, or of matrices without these rows and columns.
+        """
         n, rows, columns = self.matrices(whole)
         inner = (len(range(*self.rows.indices(rows))), len(range(*self.columns.indices(columns))))
+        if 0 in inner or (self.rows.stop or 0) > rows or (self.columns.stop or 0) > columns:
+            asked = " and ".join(
+                f"{what} {span.start or 0} to {span.stop or 'the last'}"
+                for what, span in (("rows", self.rows), ("columns", self.columns))
+            )
+            raise FormatError(f"{self.name} is {asked} of matrices of {rows} rows and {columns} columns")
         inner = inner[::-1] if self.transposed else inner
         return (n, *inner) if self.stack or len(whole) == 3 else inner
 
@@ -91,7 +100,7 @@ def parse_rules(place: str, rows: list[dict[str, Any]]) -> tuple[Rule, ...]:
     """The parts of one tensor, as gguf.toml has them."""
     rules = []
     for table in rows:
-        spans = {key: made(Span, f"{place}: {key}", table.pop(key)) for key in ("rows", "columns") if key in table}
+        spans = {key: made(Span, f"{place}: {key}", table[key]) for key in ("rows", "columns") if key in table}
         rules.append(made(Rule, place, table | spans))
     return tuple(rules)
 
