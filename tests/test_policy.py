@@ -15,6 +15,7 @@ from arrowquant_gpu.pipeline.policy import Policy
 from .minilm import model_dir
 
 LINEAR = "linear weight"
+PER_HEAD = "linear weights, a matrix for each head"
 STACKED = "experts of a mixture, stacked; groups run along the last axis"
 LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
 MOE = {"num_experts": 60, "vocab_size": 151936, "hidden_size": 2048}
@@ -61,6 +62,9 @@ TABLE = [
     (MOE, "transformer.blocks.0.ffn.experts.mlp.w1", (172032, 6144), STACKED),
     (MOE, "model.layers.0.mlp.experts.gate_up_proj_bias", (60, 2816), "bias"),
     (MOE, "l.0.moe.input_linear.weight", (60, 512, 256), "as many matrices as experts; groups run along the last axis"),
+    # Parts
+    (None, "model.layers.0.self_attn.k_b_proj.weight", (128, 512, 128), PER_HEAD),
+    ({"model_type": "deepseek_v3"}, "model.layers.0.self_attn.v_b_proj.weight", (128, 128, 512), PER_HEAD),
     # Other families
     (None, "transformer.wte.weight", (50257, 768), "embedding"),
     (None, "transformer.wpe.weight", (1024, 768), "embedding"),
