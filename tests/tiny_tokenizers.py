@@ -28,12 +28,21 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """
-# How many digits a word of each family has, and the expression that cuts words, as their tokenizer.json has it.
-DIGITS = {"llama3": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-WORDS = (
+# The expression that cuts words, as the tokenizer.json of each family has it.
+_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+WORDS = {
+    "llama3": _WORDS % r"\p{N}{1,3}",
+    "qwen2": _WORDS % r"\p{N}",
+    "gpt-oss": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -116,7 +125,7 @@ def byte_level(directory: Path, family: str, vocab: int, config: Mapping[str, ob
     ids = {content: len(pieces) + i for i, content in enumerate(special)}
     bos = config.get("bos_token")
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": WORDS % DIGITS[family]}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": WORDS[family]}, "behavior": "Isolated", "invert": False}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "fuse_unk": False}
     model |= {"end_of_word_suffix": "", "byte_fallback": False, "ignore_merges": False}
     tokenizer = {
