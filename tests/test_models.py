@@ -262,7 +262,7 @@ class TestGguf:
         "said",
         [
             {"layer_types": ["full_attention", "sliding_attention"] * 12},
-            {"layer_types": ["full_attention"] * 24},
+            {"layer_types": ["sliding_attention", "full_attention"] * 11 + ["sliding_attention"] * 2},
             {"layer_types": "full_attention"},
             {"swiglu_limit": 10.0},
             {"swiglu_alpha": 1},

@@ -104,7 +104,10 @@ def tiny_gpt_oss(directory: Path | str, dtype: str = "bfloat16", **own: object) 
         for p, n in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             shapes[f"{layer}self_attn.{p}_proj.weight"] = (n * head, hidden)
             shapes[f"{layer}self_attn.{p}_proj.bias"] = (n * head,)
-        shapes |= {f"{layer}self_attn.o_proj.weight": (hidden, HEADS * head), f"{layer}self_attn.o_proj.bias": (hidden,)}
+        shapes |= {
+            f"{layer}self_attn.o_proj.weight": (hidden, HEADS * head),
+            f"{layer}self_attn.o_proj.bias": (hidden,),
+        }
         shapes |= {f"{layer}self_attn.sinks": (HEADS,), f"{layer}mlp.router.weight": (EXPERTS, hidden)}
         shapes |= {f"{layer}mlp.router.bias": (EXPERTS,), f"{layer}mlp.experts.down_proj": (EXPERTS, inner, hidden)}
         shapes[f"{layer}mlp.experts.gate_up_proj"] = (EXPERTS, hidden, 2 * inner)

@@ -22,7 +22,7 @@ from .comfyui import ComfyUICheckpoint
 from .gguf_checkpoint import GgufCheckpoint
 from .parquet import ParquetCheckpoint
 from .parquet_tensors import INDEX, ParquetTensorsCheckpoint
-from .recognise import MXFP4_COPY, by_first_bytes
+from .recognise import by_first_bytes
 
 # Weights of one piece: 4 MiB as float32, which fits a cache and keeps every core busy.
 PIECE_WEIGHTS = 1 << 20
@@ -79,8 +79,7 @@ def _open_directory(path: Path) -> QuantizedCheckpoint:
     method = quant_method(path)
     if method not in READERS:
         known = ", ".join(READERS)
-        way_out = f"; {MXFP4_COPY}" if method == "mxfp4" else ""
-        raise SourceError(f"{path} has quant_method {method!r} in config.json; what can be read is {known}{way_out}")
+        raise SourceError(f"{path} has quant_method {method!r} in config.json; what can be read is {known}")
     module, name = READERS[method].split(":")
     opened: QuantizedCheckpoint = getattr(importlib.import_module(f".{module}", __package__), name)(path)
     return opened

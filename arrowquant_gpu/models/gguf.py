@@ -145,7 +145,9 @@ class Gguf:
             said = _lookup(config, (name,))
             if said is not None and not _is_built_in(said, want):
                 whole = f"{want}, again and again," if isinstance(want, list) else want
-                raise FormatError(f"config.json has {name} {said!r}; llama.cpp has {whole} built in. Choose another --format.")
+                raise FormatError(
+                    f"config.json has {name} {said!r}; llama.cpp has {whole} built in. Choose another --format."
+                )
         found: dict[str, Any] = {}
         for name, key in self._keys.items():
             if key.when is not None and key.when not in found:
