@@ -1,7 +1,8 @@
 """Names of tensors as checkpoints of each architecture hold them, with what each is, and its name in GGUF files.
 
 Written down from published checkpoints, one tensor of each kind; "-" stands for a tensor that has no name in a GGUF
-file, None in place of GGUF names for an architecture without a table.
+file, PARTS for one that is there in parts, which follow it, None in place of GGUF names for an architecture without a
+table.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ class Names(NamedTuple):
     rows: tuple[tuple[str, int, str, str | None], ...]
 
 
+PARTS = "in parts"
 L = "model.layers.1."
 B = "encoder.layer.1."
 DECODER = (
@@ -59,11 +61,6 @@ FOUR_NORMS = (
     (f"{L}post_feedforward_layernorm.weight", 1, "norm", "blk.1.post_ffw_norm.weight"),
 )
 NO_HEAD = (("lm_head.weight", 2, "head", "-"),)
-
-
-def nameless(*rows: tuple[str, int, str, str | None]) -> tuple[tuple[str, int, str, str | None], ...]:
-    """The rows without names in GGUF files."""
-    return tuple((name, ndim, role, None) for name, ndim, role, _ in rows)
 
 
 def plain(*rows: tuple[str, int, str]) -> tuple[tuple[str, int, str, str | None], ...]:
@@ -153,15 +150,22 @@ NAMES: dict[str, Names] = {
     "gpt_oss": Names(
         {"model_type": "gpt_oss"},
         (
-            *nameless(*DECODER, *TWO_NORMS, *HEAD, *QKV_BIASES),
-            *plain(
-                (f"{L}self_attn.sinks", 1, "other"),
-                (f"{L}mlp.router.weight", 2, "router"),
-                (f"{L}mlp.router.bias", 1, "bias"),
-                (f"{L}mlp.experts.gate_up_proj", 3, "expert"),
-                (f"{L}mlp.experts.gate_up_proj_bias", 2, "bias"),
-                (f"{L}mlp.experts.down_proj", 3, "expert"),
-            ),
+            *(*DECODER, *HEAD, *QKV_BIASES),
+            (f"{L}post_attention_layernorm.weight", 1, "norm", "blk.1.post_attention_norm.weight"),
+            (f"{L}self_attn.o_proj.bias", 1, "bias", "blk.1.attn_output.bias"),
+            (f"{L}self_attn.sinks", 1, "other", "blk.1.attn_sinks.weight"),
+            (f"{L}mlp.router.weight", 2, "router", "blk.1.ffn_gate_inp.weight"),
+            (f"{L}mlp.router.bias", 1, "bias", "blk.1.ffn_gate_inp.bias"),
+            (f"{L}mlp.experts.gate_up_proj", 3, "expert", PARTS),
+            (f"{L}mlp.experts.gate_proj.weight", 3, "expert", "blk.1.ffn_gate_exps.weight"),
+            (f"{L}mlp.experts.up_proj.weight", 3, "expert", "blk.1.ffn_up_exps.weight"),
+            (f"{L}mlp.experts.gate_up_proj_bias", 2, "bias", PARTS),
+            (f"{L}mlp.experts.gate_proj.bias", 2, "bias", "blk.1.ffn_gate_exps.bias"),
+            (f"{L}mlp.experts.up_proj.bias", 2, "bias", "blk.1.ffn_up_exps.bias"),
+            (f"{L}mlp.experts.down_proj", 3, "expert", PARTS),
+            (f"{L}mlp.experts.down_proj.weight", 3, "expert", "blk.1.ffn_down_exps.weight"),
+            (f"{L}mlp.experts.down_proj_bias", 2, "bias", PARTS),
+            (f"{L}mlp.experts.down_proj.bias", 2, "bias", "blk.1.ffn_down_exps.bias"),
         ),
     ),
     "bert": Names(

@@ -16,7 +16,7 @@ from arrowquant_gpu.models import gguf, mix, tables
 from arrowquant_gpu.models.tables import architectures
 from arrowquant_gpu.schemes import Scheme
 
-from .model_names import DECODER, DENSE, NAMES
+from .model_names import DECODER, DENSE, NAMES, PARTS
 
 ROWS = [(arch, *row) for arch, (_, rows) in NAMES.items() for row in rows]
 LLAMA = {
@@ -29,6 +29,34 @@ LLAMA = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "attention_bias": True,
+    "swiglu_limit": 7.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -103,12 +131,12 @@ def test_roles_and_gguf_names(arch: str, name: str, ndim: int, role: str, gguf_n
         assert model.gguf is None
         return
     assert model.gguf is not None
-    is_omitted = model.gguf.omits(name, NAMES[arch].config)
+    is_omitted, in_parts = model.gguf.omits(name, NAMES[arch].config), gguf_name == PARTS
     assert is_omitted == (gguf_name == "-")
+    assert set(model.gguf.parts(NAMES[arch].config, [name])) == ({name} if in_parts else set())
     if not is_omitted:
         found = model.gguf.name(name)
-        assert found is not None
-        assert found.name == gguf_name
+        assert (None if found is None else found.name) == (None if in_parts else gguf_name)
 
 
 @pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.names])
@@ -238,6 +266,58 @@ class TestGguf:
         )
         wide = table.keys(LLAMA | {"head_dim": 64})
         assert (wide["llama.rope.dimension_count"], wide["llama.attention.key_length"]) == (64, 64)
+
+    def test_keys_of_gpt_oss(self) -> None:
+        table = models.find(GPT_OSS, []).gguf
+        want = {
+            "vocab_size": 201088,
+            "context_length": 131072,
+            "embedding_length": 2880,
+            "block_count": 24,
+            "feed_forward_length": 2880,
+            "expert_count": 32,
+            "expert_used_count": 4,
+            "expert_feed_forward_length": 2880,
+            "attention.head_count": 64,
+            "attention.head_count_kv": 8,
+            "attention.key_length": 64,
+            "attention.value_length": 64,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.sliding_window": 128,
+            "rope.dimension_count": 64,
+            "rope.freq_base": 150000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 32.0,
+            "rope.scaling.original_context_length": 4096,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+        }
+        assert table.keys(GPT_OSS) == {f"gpt-oss.{key}": value for key, value in want.items()}
+        # What config.json leaves out is as in transformers.
+        short = {k: v for k, v in GPT_OSS.items() if k not in ("rope_scaling", "rope_theta", "layer_types")}
+        assert table.keys(short) == table.keys(GPT_OSS)
+        plain = table.keys(GPT_OSS | {"rope_scaling": {"rope_type": "default"}})
+        assert not [key for key in plain if "scaling" in key]
+        assert table.vocabulary(GPT_OSS) == ("gpt2", "gpt-4o")
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"layer_types": ["full_attention", "sliding_attention"] * 12},
+            {"layer_types": ["sliding_attention", "full_attention"] * 11 + ["sliding_attention"] * 2},
+            {"layer_types": "full_attention"},
+            {"swiglu_limit": 10.0},
+            {"swiglu_alpha": 1},
+            {"attention_bias": False},
+            {"tie_word_embeddings": True},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 16.0}},
+            {"rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_slow": 2.0}},
+        ],
+    )
+    def test_what_llama_cpp_has_built_in(self, said: dict[str, Any]) -> None:
+        table = models.find(GPT_OSS, []).gguf
+        with pytest.raises(FormatError, match=r"config\.json has \S+ .*; llama\.cpp has .* built in"):
+            table.keys(GPT_OSS | said)
 
     def test_rope_scaling(self) -> None:
         table = models.find(LLAMA, []).gguf
@@ -418,7 +498,8 @@ class TestGguf:
             template = found.name.rpartition(".")[0].replace("blk.1.", "blk.{bid}.")
             assert template in known, (name, template)
             # The converter joins experts under the name without their number, and drops the prefix of BERT.
-            module = name.rpartition(".")[0].replace(".experts.5.", ".experts.").removeprefix("bert.")
+            module = name if name.endswith(".sinks") else name.rpartition(".")[0]
+            module = module.replace(".experts.5.", ".experts.").removeprefix("bert.")
             assert peers.get_name(module) == found.name.rpartition(".")[0], name
             n_compared += 1
         assert n_compared >= 9

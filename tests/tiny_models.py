@@ -177,6 +177,45 @@ DEEPSEEK: Mapping[str, Callable[[Path | str, str], Path]] = {
     "deepseek_v2": tiny_deepseek_v2,
     "deepseek_v3": tiny_deepseek_v3,
 }
+
+
+def tiny_gpt_oss(directory: Path | str, dtype: str = "bfloat16", **own: object) -> Path:
+    """GptOssForCausalLM: stacked experts with biases, sinks, a window of 8 tokens in every other layer.
+
+    As in the published models rows are whole blocks of 32 and not of 256. Every token goes to every expert.
+    """
+    hidden, inner, head = 288, 320, 64
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, hidden), "model.norm.weight": (hidden,)}
+    for layer in (f"model.layers.{i}." for i in range(LAYERS)):
+        shapes |= {f"{layer}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        for p, n in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            shapes[f"{layer}self_attn.{p}_proj.weight"] = (n * head, hidden)
+            shapes[f"{layer}self_attn.{p}_proj.bias"] = (n * head,)
+        shapes |= {
+            f"{layer}self_attn.o_proj.weight": (hidden, HEADS * head),
+            f"{layer}self_attn.o_proj.bias": (hidden,),
+        }
+        shapes |= {f"{layer}self_attn.sinks": (HEADS,), f"{layer}mlp.router.weight": (EXPERTS, hidden)}
+        shapes |= {f"{layer}mlp.router.bias": (EXPERTS,), f"{layer}mlp.experts.down_proj": (EXPERTS, inner, hidden)}
+        shapes[f"{layer}mlp.experts.gate_up_proj"] = (EXPERTS, hidden, 2 * inner)
+        shapes[f"{layer}mlp.experts.gate_up_proj_bias"] = (EXPERTS, 2 * inner)
+        shapes[f"{layer}mlp.experts.down_proj_bias"] = (EXPERTS, hidden)
+    shapes["lm_head.weight"] = (VOCAB, hidden)
+    rope = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    rope |= {"original_max_position_embeddings": 128, "rope_theta": 150000.0}
+    config = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "tie_word_embeddings": False}
+    config |= {"hidden_size": hidden, "intermediate_size": inner, "head_dim": head, "num_local_experts": EXPERTS}
+    config |= {"num_experts_per_tok": EXPERTS, "sliding_window": 8, "attention_bias": True, "rope_parameters": rope}
+    config |= {"layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 7.0}
+    config |= {"bos_token_id": VOCAB - 3, "eos_token_id": VOCAB - 1, "pad_token_id": VOCAB - 2, "rope_theta": None}
+    directory = _model(directory, dtype, shapes, 4, **(config | own))
+    special = ["<|startoftext|>", "<|endoftext|>", "<|return|>"]
+    options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "add_bos_token": False}
+    options |= {"pad_token": special[1], "eos_token": special[2]}
+    tiny_tokenizers.byte_level(directory, "gpt-oss", VOCAB, options, special)
+    return directory
+
+
 MODELS: Mapping[str, Callable[[Path | str, str], Path]] = {
     "llama": tiny_llama_gqa,
     "qwen2": tiny_qwen2,

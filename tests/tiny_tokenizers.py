@@ -28,15 +28,16 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """
-# How many digits a word of each family has, and the expression that cuts words, as their tokenizer.json has it.
-DIGITS = {"llama3": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-WORDS = (
+# The expressions that cut words, as the tokenizer.json of each family has them: one after the other, of letters the part
+# of the first for deepseek2.
+_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The families of DeepSeek cut with several expressions, one after the other; of letters this is the part of the first.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CUTS = {
-    **{family: (WORDS % digits,) for family, digits in DIGITS.items()},
+    "llama3": (_WORDS % r"\p{N}{1,3}",),
+    "qwen2": (_WORDS % r"\p{N}",),
     "deepseek2": (
         "[\r\n]",
         r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+",
@@ -50,6 +51,11 @@ CUTS = {
         "[一-龥぀-ゟ゠-ヿ]+",
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "gpt-oss": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -36,7 +36,7 @@ _GGML = {"mxfp4": "ggml_mxfp4", "nvfp4": "ggml_nvfp4"}
 # What llama-quantize takes where rows are not whole blocks; then F16, as it does.
 FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 # Matrices that llama.cpp adds, or decides with, in float32: it has no such operation for other types.
-FLOAT32 = re.compile(r"(?:^|\.)(?:ffn_gate_inp|ffn_gate_inp_shexp|position_embd|token_types)\.weight$")
+FLOAT32 = re.compile(r"(?:^|\.)(?:ffn_gate_inp|ffn_gate_inp_shexp|position_embd|token_types)\.weight$|\.bias$")
 # What becomes of kept tensors of types that readers do not compute with.
 _CONVERTED = {"float64": "F32", "float8_e4m3fn": "F16", "float8_e5m2": "F16"}
 

@@ -19,6 +19,12 @@ ORIGINAL = "start from the original float checkpoint in safetensors"
 REQUANTIZE = (
     f"{ORIGINAL}; --allow-requantize decodes what this program can read, and quantizes it again, with both errors"
 )
+# The published files of gpt-oss, which have no float original. In its original format transformers 5 would save the
+# decoded weights under the names of their codes.
+MXFP4_COPY = (
+    "a bfloat16 copy can be read, which transformers makes: GptOssForCausalLM.from_pretrained(folder, "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(copy, save_original_format=False)"
+)
 DEQUANTIZE = "`arrowquant dequantize` turns such a result of this program back into float safetensors"
 
 # How files begin that are met under the name of a checkpoint; compared in lower case, after white space.

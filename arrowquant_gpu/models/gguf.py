@@ -90,9 +90,9 @@ class Gguf:
     _names: tuple[tuple[re.Pattern[str], str], ...]
     _keys: Mapping[str, Key]
     _constants: Mapping[str, Any]
+    _built_in: Mapping[str, Any]
     _omit: tuple[re.Pattern[str], ...]
     _layers: str | None
-    _must: Mapping[str, Any]
     _misread: tuple[Misread, ...]
     _vocabularies: tuple[Vocabulary, ...]
     _parts: tuple[tuple[re.Pattern[str], tuple[Rule, ...]], ...]
@@ -164,18 +164,20 @@ class Gguf:
     def keys(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of the architecture with their values: int for u32, float for f32, bool, str.
 
-        Raises FormatError for a size that config.json does not have, and for a value that llama.cpp does not know.
+        Raises FormatError for a size that config.json does not have, and for a value that llama.cpp does not know, or
+        has another built in.
 
         >>> sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "layer_norm_eps": 1e-12}
         >>> keys = ggufs()["bert"].keys(sizes | {"intermediate_size": 1536, "max_position_embeddings": 512})
         >>> keys["bert.block_count"], keys["bert.attention.causal"]
         (6, False)
         """
-        for name, value in self._must.items():
+        for name, want in self._built_in.items():
             said = _lookup(config, (name,))
-            if said is not None and said != value:
+            if said is not None and not _is_built_in(said, want):
+                whole = f"{want}, again and again," if isinstance(want, list) else want
                 raise FormatError(
-                    f"config.json has {name} {said!r}; llama.cpp computes with {value!r}. Choose another --format."
+                    f"config.json has {name} {said!r}; llama.cpp has {whole} built in. Choose another --format."
                 )
         found: dict[str, Any] = {}
         for name, key in self._keys.items():
@@ -288,9 +290,9 @@ def parse_ggufs(data: dict[str, Any]) -> dict[str, Gguf]:
             "_names": tuple((_pattern(key), value) for part in names for key, value in part.items()),
             "_keys": keys,
             "_constants": table.pop("constants", {}),
+            "_built_in": table.pop("built_in", {}),
             "_omit": tuple(expression(f"{place}: omit", text) for text in omit),
             "_layers": table.pop("layers", None),
-            "_must": table.pop("must", {}),
             "_misread": tuple(made(Misread, f"{place}: misread", v) for v in table.pop("misread", ())),
             "_parts": tuple(
                 (_pattern(key), parse_rules(f"{place}: parts.{key}", value))
@@ -311,6 +313,12 @@ def _key(place: str, fields: Mapping[str, Any]) -> Key:
         raise ValueError(f"{place}: type {key.type!r} is none of int, float, text, bool")
     only = fields.get("only", key.values)
     return dataclasses.replace(key, only=None if only is None else tuple(only))
+
+
+def _is_built_in(said: Any, want: Any) -> bool:
+    if isinstance(want, list) and isinstance(said, list):
+        return said == [want[i % len(want)] for i in range(len(said))]
+    return bool(said == want)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
