@@ -111,7 +111,8 @@ def test_llama_cpp_reads_texts_as_transformers_does(folder: Path, model: str) ->
     from .real_loaders.inputs import TEXTS
 
     file, tokenizer = written(folder, model, "q8_0"), AutoTokenizer.from_pretrained(folder / model)
-    assert llama_cpp.token_ids(file, TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
+    texts = [*TEXTS, "One line\n\nand (and) 12345 others: ünïcode, 日本 it's"]
+    assert llama_cpp.token_ids(file, texts) == [tokenizer(text)["input_ids"] for text in texts]
 
 
 @pytest.mark.parametrize("model", MODELS)

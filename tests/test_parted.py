@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -30,7 +31,7 @@ from arrowquant_gpu.models.tables import read
 from arrowquant_gpu.pipeline import quantize_checkpoint
 from arrowquant_gpu.schemes import Scheme
 
-from . import gguf_by_hand, tiny_models
+from . import gguf_by_hand, resumed_runs, tiny_models
 from .bitwise import assert_bitwise_equal
 from .fixtures import Raw, write_safetensors
 
@@ -60,7 +61,7 @@ def is_kept(span: slice, i: int) -> bool:
     return i >= begin and (end is None or i < end) and (i - begin) % (span.step or 1) == 0
 
 
-SPANS = st.builds(slice, st.integers(0, 3), st.one_of(st.none(), st.integers(4, 9)), st.integers(1, 3))
+SPANS = st.builds(slice, st.integers(0, 6), st.one_of(st.none(), st.integers(4, 9)), st.integers(1, 3))
 
 
 @st.composite
@@ -283,6 +284,18 @@ def test_small_pieces_and_another_device_make_the_same_file(
     for module in (formats_pieces, sink_module):
         monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
     assert quantize(source, tmp_path / "c.gguf", "q4_k_m").read_bytes() == want
+
+
+def test_an_interrupted_run_is_continued(folder: Path, tmp_path: Path) -> None:
+    options = {"format": "gguf", "scheme": "q8_0"}
+    want = resumed_runs.run(folder / "deepseek_v3", tmp_path / "whole.gguf", **options)
+    for n in (3, 20):
+        with contextlib.suppress(KeyboardInterrupt):
+            target = tmp_path / "resumed.gguf"
+            resumed_runs.run_until(folder / "deepseek_v3", target, n, KeyboardInterrupt(), resume=True, **options)
+    result = resumed_runs.run(folder / "deepseek_v3", tmp_path / "resumed.gguf", resume=True, **options)
+    assert want.run.resumed == 0 < 20 <= result.run.resumed
+    assert (tmp_path / "resumed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("read", ["mapped", "buffered", "direct"])

@@ -58,6 +58,8 @@ CUTS = {
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
+# Merges by which the families of DeepSeek differ: two line ends, and a bracket with the word behind it.
+ACROSS_CUTS = (("Ċ", "Ċ"), ("(", "a"))
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -134,7 +136,8 @@ def byte_level(directory: Path, family: str, vocab: int, config: Mapping[str, ob
     characters = _byte_characters()
     words = [[characters[b] for b in word.encode()] for word in re.findall(r" ?\w+|[^\w\s]+|\s+", TEXT)]
     n = vocab - 256 - len(special)
-    merges = _unique(learned_merges(words, n + 20), characters)[:n]
+    more = ACROSS_CUTS if len(CUTS[family]) > 1 else ()
+    merges = [*_unique(learned_merges(words, n + 20), characters)[: n - len(more)], *more]
     order = [*sorted(characters), *("".join(pair) for pair in merges)]
     pieces = {piece: i for i, piece in enumerate(order)}
     ids = {content: len(pieces) + i for i, content in enumerate(special)}
