@@ -425,14 +425,14 @@ class TestGguf:
     @pytest.mark.parametrize(
         ("own", "words"),
         [
-            ({"rope_interleave": False}, "has rope_interleave False; llama.cpp computes with True"),
-            ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; llama.cpp computes with 'silu'"),
-            ({"moe_layer_freq": 2}, "has moe_layer_freq 2; llama.cpp computes with 1"),
-            ({"rope_scaling": {"beta_fast": 4.0}}, "has rope_scaling.beta_fast 4.0; llama.cpp computes with 32"),
-            ({"rope_parameters": {"beta_slow": 2}}, "has rope_parameters.beta_slow 2; llama.cpp computes with 1"),
+            ({"rope_interleave": False}, "has rope_interleave False; llama.cpp has True built in"),
+            ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; llama.cpp has silu built in"),
+            ({"moe_layer_freq": 2}, "has moe_layer_freq 2; llama.cpp has 1 built in"),
+            ({"rope_scaling": {"beta_fast": 4.0}}, "has rope_scaling.beta_fast 4.0; llama.cpp has 32 built in"),
+            ({"rope_parameters": {"beta_slow": 2}}, "has rope_parameters.beta_slow 2; llama.cpp has 1 built in"),
             (
                 {"rope_scaling": {"attention_factor": 2}},
-                "has rope_scaling.attention_factor 2; llama.cpp computes with 1",
+                "has rope_scaling.attention_factor 2; llama.cpp has 1 built in",
             ),
             ({"scoring_func": "tanh"}, "scoring_func 'tanh'; what GGUF can say is softmax, sigmoid"),
             ({"norm_topk_prob": 1}, "norm_topk_prob 1, which is neither true nor false"),

@@ -28,8 +28,8 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """
-# The expressions that cut words, as the tokenizer.json of each family has them: one after the other, of letters the part
-# of the first for deepseek2.
+# The expressions that cut words, as the tokenizer.json of each family has them, one after the other; of deepseek2's
+# letters this is the part of the first.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
