@@ -347,6 +347,8 @@ class TestGguf:
         [
             ({"rope_interleave": False}, "has rope_interleave False; llama.cpp computes with True"),
             ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; llama.cpp computes with 'silu'"),
+            ({"attention_bias": True}, "has attention_bias True; llama.cpp computes with False"),
+            ({"topk_method": "greedy"}, "has topk_method 'greedy'; llama.cpp computes with 'noaux_tc'"),
             ({"moe_layer_freq": 2}, "has moe_layer_freq 2; llama.cpp computes with 1"),
             ({"rope_scaling": {"beta_fast": 4.0}}, "has rope_scaling.beta_fast 4.0; llama.cpp computes with 32"),
             ({"rope_parameters": {"beta_slow": 2}}, "has rope_parameters.beta_slow 2; llama.cpp computes with 1"),
