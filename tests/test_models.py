@@ -427,6 +427,8 @@ class TestGguf:
         [
             ({"rope_interleave": False}, "has rope_interleave False; llama.cpp has True built in"),
             ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; llama.cpp has silu built in"),
+            ({"attention_bias": True}, "has attention_bias True; llama.cpp has False built in"),
+            ({"topk_method": "greedy"}, "has topk_method 'greedy'; llama.cpp has noaux_tc built in"),
             ({"moe_layer_freq": 2}, "has moe_layer_freq 2; llama.cpp has 1 built in"),
             ({"rope_scaling": {"beta_fast": 4.0}}, "has rope_scaling.beta_fast 4.0; llama.cpp has 32 built in"),
             ({"rope_parameters": {"beta_slow": 2}}, "has rope_parameters.beta_slow 2; llama.cpp has 1 built in"),
