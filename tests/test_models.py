@@ -46,7 +46,7 @@ def test_every_architecture_of_the_table_has_names_here() -> None:
     assert used == set(models.ROLES)
 
 
-@pytest.mark.parametrize("arch", NAMES)
+@pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.model_types or row.classes])
 def test_the_config_tells_the_architecture(arch: str) -> None:
     found = models.find(NAMES[arch].config, [])
     assert (found.name, found.is_known) == (arch, True)
@@ -57,7 +57,7 @@ def test_the_config_tells_the_architecture(arch: str) -> None:
 
 @pytest.mark.parametrize(("arch", "name", "ndim", "role", "gguf_name"), ROWS)
 def test_roles_and_gguf_names(arch: str, name: str, ndim: int, role: str, gguf_name: str | None) -> None:
-    model = models.find(NAMES[arch].config, [])
+    model = models.find(NAMES[arch].config, [row[0] for row in NAMES[arch].rows])
     assert model.role(name, (64,) * ndim) == role
     if gguf_name is None:
         assert model.gguf is None
