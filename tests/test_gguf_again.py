@@ -15,7 +15,7 @@ import pytest
 from arrowquant_gpu import dequantize_checkpoint, models, reference
 from arrowquant_gpu.errors import FormatError, SourceError
 from arrowquant_gpu.formats.gguf_checkpoint import GgufCheckpoint
-from arrowquant_gpu.formats.gguf_file import TYPES, layout, read_header
+from arrowquant_gpu.formats.gguf_file import layout, read_header
 from arrowquant_gpu.pipeline import quantize_checkpoint
 from arrowquant_gpu.schemes import Scheme
 
@@ -179,11 +179,12 @@ def test_blocks_are_decoded_with_a_warning(tmp_path: Path) -> None:
 
 
 def test_what_was_made_of_one_is_made_into_another(tmp_path: Path) -> None:
-    """The second file has a record, and still no config."""
-    source = foreign(tmp_path / "a.gguf", QUANTIZED | KEPT)
+    """The second file has a record, and still no config; the third has no other record than its own."""
+    source = foreign(tmp_path / "a.gguf", QUANTIZED | KEPT, [*KEYS, ("arrowquant.note", 8, "of another time")])
     first = again(source, "q8_0", "first")
     second = again(first, "q4_0", "second")
     assert stored(second) == stored(again(source, "q4_0", "straight"))
+    assert "arrowquant.note" not in read_header(second).keys
     found = read_header(second).tensors
     assert {n: t.type.name for n, t in found.items() if n in QUANTIZED} == dict.fromkeys(QUANTIZED, "Q4_0")
     assert GgufCheckpoint(second).entries.keys() == (QUANTIZED | KEPT).keys()
@@ -259,9 +260,7 @@ def test_the_tokenizer_is_that_of_the_file(tmp_path: Path, alone: Path) -> None:
     want = stored(tmp_path / "want.gguf") | {"general.name": stored(alone)["general.name"]}
     assert list(stored(target).items()) == list(want.items())
     assert len([key for key in want if key.startswith("tokenizer.")]) > 5
-    assert (
-        gguf_by_hand.read(target.read_bytes())[1] == gguf_by_hand.read((tmp_path / "want.gguf").read_bytes())[1]
-    )
+    assert gguf_by_hand.read(target.read_bytes())[1] == gguf_by_hand.read((tmp_path / "want.gguf").read_bytes())[1]
     # Its names are those of the model.
     assert GgufCheckpoint(target).entries.keys() == GgufCheckpoint(alone).entries.keys()
     assert GgufCheckpoint(target).config == json.loads((tmp_path / "m" / "config.json").read_text())
@@ -335,10 +334,9 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
 def test_diffusion_models_keep_all_keys(tmp_path: Path) -> None:
     tensors = {"double_blocks.0.img_attn.qkv.weight": floats(F16, 64, 64), "img_in.weight": floats(F16, 64, 64)}
     tensors["single_blocks.0.linear1.weight"] = floats(F16, 64, 64)
-    assert TYPES["Q4_0"].id == Q4_0
-    keys = [("general.architecture", 8, "flux"), ("general.file_type", 4, 1), ("own.key", 5, -7)]
+    keys = [("general.architecture", 8, "chroma"), ("general.file_type", 4, 1), ("own.key", 5, -7)]
     found, tensors = gguf_by_hand.read(again(foreign(tmp_path / "a.gguf", tensors, keys)).read_bytes())
-    assert (found["own.key"], found["general.file_type"], found["general.architecture"]) == (-7, 2, "flux")
+    assert (found["own.key"], found["general.file_type"], found["general.architecture"]) == (-7, 2, "chroma")
     assert {n: t.kind for n, t in tensors.items()} == {
         "double_blocks.0.img_attn.qkv.weight": Q4_0,
         "img_in.weight": F16,

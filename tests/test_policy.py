@@ -53,6 +53,7 @@ TABLE = [
     (None, "blk.0.ssm_conv1d.weight", (1536, 4), "small, and in float in GGUF files"),
     (None, "blk.0.shortconv.conv.weight", (1024, 3), "small, and in float in GGUF files"),
     (None, "blk.0.time_mix_w1.weight", (64, 2048), "small, and in float in GGUF files"),
+    (None, "blk.0.indexer.k_proj.weight", (128, 2048), "small, and in float in GGUF files"),
     (None, "blk.0.time_mix_key.weight", (2048, 2048), LINEAR),
     (None, "altup_proj.weight", (3, 2048, 2048), "small, and in float in GGUF files"),
     (None, "blk.0.laurel_l.weight", (64, 2048), "small, and in float in GGUF files"),

@@ -32,8 +32,9 @@ class GgufCheckpoint:
 
     Of a file that this package wrote, `entries` have the names, dtypes and rows of the original, and `omitted` names
     the tensors of it that are not in the file. Of any other, names are those in the file, blocks decode to float32, and
-    F32, F16 and BF16 are kept tensors; `sizes` are what its keys tell. `keys` are all keys of the file. Blocks are views of the mapped file, which must
-    not change while it is in use, but for rows that are put back in order.
+    F32, F16 and BF16 are kept tensors; `sizes` are what its keys tell, as `QuantizedCheckpoint` has them. `keys` are
+    all keys of the file. Blocks are views of the mapped file, which must not change while it is in use, but for rows
+    that are put back in order.
 
     Raises SourceError for a file that is damaged, has tensors of a type that is not read, or is one of several files.
     """
