@@ -19,12 +19,12 @@ ORIGINAL = "start from the original float checkpoint in safetensors"
 REQUANTIZE = (
     f"{ORIGINAL}; --allow-requantize decodes what this program can read, and quantizes it again, with both errors"
 )
+DEQUANTIZE = "`arrowquant dequantize` turns such a result of this program back into float safetensors"
 # Its weights may be in float too, which the first bytes do not tell.
 GGUF = (
     f"a GGUF file, made for llama.cpp; {ORIGINAL}; --allow-requantize reads it, and decodes what is quantized in it, "
     "which then has both errors"
 )
-DEQUANTIZE = "`arrowquant dequantize` turns such a result of this program back into float safetensors"
 
 # How files begin that are met under the name of a checkpoint; compared in lower case, after white space.
 FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
