@@ -208,6 +208,38 @@ NAMES: dict[str, Names] = {
             ("model.transformer.ff_out.weight", 2, "head", "output.weight"),
         ),
     ),
+    "gguf": Names(
+        {},
+        tuple(
+            (name, ndim, role, name)
+            for name, ndim, role in (
+                ("token_embd.weight", 2, "embedding"),
+                ("per_layer_token_embd.weight", 2, "embedding"),
+                ("position_embd.weight", 2, "position"),
+                ("token_types.weight", 2, "position"),
+                ("rope_freqs.weight", 1, "other"),
+                ("output_norm.weight", 1, "norm"),
+                ("output.weight", 2, "head"),
+                ("cls.output.weight", 2, "other"),
+                ("blk.1.attn_q.weight", 2, "attention"),
+                ("blk.1.attn_q.bias", 1, "bias"),
+                ("blk.1.attn_q_norm.weight", 2, "norm"),
+                ("blk.1.attn_kv_a_mqa.weight", 2, "attention"),
+                ("enc.blk.1.attn_rel_b.weight", 2, "position"),
+                ("dec.blk.1.cross_attn_o.weight", 2, "attention"),
+                ("blk.1.ffn_gate.weight", 2, "mlp"),
+                ("blk.1.ffn_gate_inp.weight", 2, "router"),
+                ("blk.1.ffn_gate_inp_shexp.weight", 2, "router"),
+                ("blk.1.ffn_gate_exps.weight", 3, "expert"),
+                ("blk.1.ffn_gate_up_exps.weight", 3, "expert"),
+                ("blk.1.ffn_up_shexp.weight", 2, "shared expert"),
+                ("blk.1.ssm_conv1d.weight", 2, "conv"),
+                ("blk.1.shortconv.conv.weight", 2, "conv"),
+                ("blk.1.ssm_in.weight", 2, "other"),
+                ("blk.1.ssm_a", 2, "other"),
+            )
+        ),
+    ),
     "flux": Names(
         {"_class_name": "FluxTransformer2DModel"},
         plain(

@@ -114,7 +114,7 @@ def test_every_architecture_of_the_table_has_names_here() -> None:
     assert used == set(models.ROLES)
 
 
-@pytest.mark.parametrize("arch", NAMES)
+@pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.model_types or row.classes])
 def test_the_config_tells_the_architecture(arch: str) -> None:
     found = models.find(NAMES[arch].config, [])
     assert (found.name, found.is_known) == (arch, True)
@@ -125,7 +125,7 @@ def test_the_config_tells_the_architecture(arch: str) -> None:
 
 @pytest.mark.parametrize(("arch", "name", "ndim", "role", "gguf_name"), ROWS)
 def test_roles_and_gguf_names(arch: str, name: str, ndim: int, role: str, gguf_name: str | None) -> None:
-    model = models.find(NAMES[arch].config, [])
+    model = models.find(NAMES[arch].config, [row[0] for row in NAMES[arch].rows])
     assert model.role(name, (64,) * ndim) == role
     if gguf_name is None:
         assert model.gguf is None
@@ -482,7 +482,7 @@ class TestGguf:
         assert models.find(LLAMA, []).gguf.parts(LLAMA, [name]) == {}
 
     @pytest.mark.interop
-    @pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.gguf])
+    @pytest.mark.parametrize("arch", [a for a, row in architectures().items() if row.gguf and row.gguf != "gguf"])
     def test_the_gguf_package_has_the_same_names(self, arch: str) -> None:
         import gguf as peer
 

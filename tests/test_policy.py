@@ -50,6 +50,14 @@ TABLE = [
     (None, "cls.predictions.transform.dense.weight", (384, 384), "output head"),
     (None, "classifier.weight", (2, 384), "classifier head"),
     (None, "qa_outputs.weight", (2, 384), "classifier head"),
+    # GGUF
+    (None, "blk.0.ssm_conv1d.weight", (1536, 4), "small, and in float in GGUF files"),
+    (None, "blk.0.shortconv.conv.weight", (1024, 3), "small, and in float in GGUF files"),
+    (None, "blk.0.time_mix_w1.weight", (64, 2048), "small, and in float in GGUF files"),
+    (None, "blk.0.indexer.k_proj.weight", (128, 2048), "small, and in float in GGUF files"),
+    (None, "blk.0.time_mix_key.weight", (2048, 2048), LINEAR),
+    (None, "altup_proj.weight", (3, 2048, 2048), "small, and in float in GGUF files"),
+    (None, "blk.0.laurel_l.weight", (64, 2048), "small, and in float in GGUF files"),
     # Mixtures of experts
     (MOE, "model.layers.0.mlp.gate.weight", (60, 2048), "router of a mixture of experts"),
     (MOE, "model.layers.0.mlp.shared_expert_gate.weight", (1, 2048), "router of a mixture of experts"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +18,7 @@ from ..dtypes import DTYPES, KERNEL_DTYPES
 from ..formats import QuantizedCheckpoint
 from ..formats.checkpoint import SAMPLES
 from ..formats.quantized import pieces
+from ..grids import GRIDS
 from ..tensor import QuantizedTensor
 from .computed import ComputedCheckpoint, in_order
 from .converted import columns_of, recover
@@ -25,20 +26,22 @@ from .converted import columns_of, recover
 
 class DecodedCheckpoint(ComputedCheckpoint):
     """See `Checkpoint`. `stored` is what is decoded; every tensor has its original dtype, so that the bytes read are
-    those that `arrowquant dequantize` would write."""
+    those that `arrowquant dequantize` would write. `sizes` are those that it tells where it has no config."""
 
     why = "quantized weights are decoded as they are read"
 
     def __init__(self, stored: QuantizedCheckpoint) -> None:
         self.stored, self.path = stored, stored.path
         self.metadata, self.config, self.side_files = stored.metadata, stored.config, stored.side_files
+        self.sizes: Mapping[str, int] = getattr(stored, "sizes", {})
         self.left_out = ()
         self.tensors = in_order(dataclasses.replace(e.info, name=name) for name, e in stored.entries.items())
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """Ids of the schemes that it is quantized with."""
-        return tuple(sorted({e.scheme.id for e in self.stored.entries.values() if e.scheme is not None}))
+        """Ids of the schemes that it is quantized with; f16 and bf16, which are plain floats, are none."""
+        found = {e.scheme for e in self.stored.entries.values() if e.scheme is not None}
+        return tuple(sorted(scheme.id for scheme in found if GRIDS[scheme.grid].block != 1))
 
     def fingerprint(self) -> str:
         """BLAKE2b-128 of names, sizes and samples of the files, as hex. See `Checkpoint`."""

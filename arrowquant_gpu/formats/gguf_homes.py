@@ -46,7 +46,7 @@ def find_homes(
     if gguf is None:
         if model.name in DIFFUSION:
             return {name: Home(name) for name in names}, {}
-        known = ", ".join([*ggufs(), *DIFFUSION])
+        known = ", ".join([*(name for name, row in ggufs().items() if not row.same_names), *DIFFUSION])
         raise FormatError(
             f"architecture {model.name or 'of this checkpoint'} has no names for GGUF here; those that are known are "
             f"{known}"

@@ -18,6 +18,8 @@ from .tables import expression, generic, made, read, row
 
 # What stands for a number or an optional prefix in a name of gguf.toml.
 _PLACES = {"{layer}": r"(?P<layer>\d+)", "{expert}": r"(?P<expert>\d+)", "{bert}": r"(?:bert\.)?"}
+# Where the number of a block is in a name of GGUF.
+_BLOCK = re.compile(r"(?:^|\.)blk\.(\d+)\.")
 _PERMUTED: Mapping[str, Literal["q", "k"]] = {"attn_q": "q", "attn_k": "k"}
 
 
@@ -82,11 +84,13 @@ class Gguf:
     architecture: general.architecture
     tokenizer, pre: tokenizer.ggml.model and tokenizer.ggml.pre; None where the architecture does not tell. See
         `vocabulary`
+    same_names: the checkpoint is a GGUF file itself, whose names and keys are those of the file to be written
     """
 
     architecture: str
     tokenizer: str | None
     pre: str | None
+    same_names: bool
     _names: tuple[tuple[re.Pattern[str], str], ...]
     _keys: Mapping[str, Key]
     _constants: Mapping[str, Any]
@@ -106,6 +110,9 @@ class Gguf:
         >>> ggufs()["mixtral"].name("model.layers.1.block_sparse_moe.experts.5.w2.weight")
         GgufName(name='blk.1.ffn_down_exps.weight', expert=5, permute=None, add=0.0, layer=1)
         """
+        if self.same_names:
+            block = _BLOCK.search(hf_name)
+            return GgufName(hf_name, None, None, 0.0, None if block is None else int(block[1]))
         module, _, parameter = hf_name.rpartition(".")
         if self.omits(hf_name):
             return None
@@ -302,7 +309,7 @@ def parse_ggufs(data: dict[str, Any]) -> dict[str, Gguf]:
             "_vocabularies": tuple(made(Vocabulary, f"{place}: vocabularies", v) for v in vocabularies),
             **{f"_{flag}": table.pop(flag, False) for flag in ("permute", "norms_plus_one", "rope_freqs")},
         }
-        found[name] = made(Gguf, place, table | fields, tokenizer=None, pre=None)
+        found[name] = made(Gguf, place, table | fields, tokenizer=None, pre=None, same_names=False)
     return found
 
 

@@ -278,7 +278,7 @@ def _none_wanted(entries: list[Entry]) -> str:
 def _loses_twice(source: Checkpoint) -> list[str]:
     """A warning where weights that are quantized already are quantized again."""
     source = source.source if isinstance(source, PartedCheckpoint) else source
-    if not isinstance(source, DecodedCheckpoint):
+    if not isinstance(source, DecodedCheckpoint) or not source.schemes:
         return []
     return [
         f"{source.path.name} is quantized already ({source.stored.format}: {', '.join(source.schemes)}): its decoded "
@@ -331,7 +331,7 @@ class _Mixed:
 
     def __init__(self, mix: Mix, policy: Policy, source: Checkpoint) -> None:
         self.mix, self.policy, self.model = mix, policy, policy.model
-        config = source.config or {}
+        config = source.config or getattr(source, "sizes", {})
         heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
         self.gqa = heads // kv_heads if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0 else 1
         experts = (config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
