@@ -1,7 +1,8 @@
 """Names of tensors as checkpoints of each architecture hold them, with what each is, and its name in GGUF files.
 
 Written down from published checkpoints, one tensor of each kind; "-" stands for a tensor that has no name in a GGUF
-file, None in place of GGUF names for an architecture without a table.
+file, PARTS for one that is there in parts, which follow it, None in place of GGUF names for an architecture without a
+table.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ class Names(NamedTuple):
     rows: tuple[tuple[str, int, str, str | None], ...]
 
 
+PARTS = "in parts"
 L = "model.layers.1."
 B = "encoder.layer.1."
 DECODER = (
@@ -42,17 +44,23 @@ EXPERTS = (
     (f"{L}mlp.experts.5.up_proj.weight", 2, "expert", "blk.1.ffn_up_exps.weight"),
     (f"{L}mlp.experts.5.down_proj.weight", 2, "expert", "blk.1.ffn_down_exps.weight"),
 )
+SHARED_EXPERTS = tuple(
+    (f"{L}mlp.shared_experts.{p}_proj.weight", 2, "shared expert", f"blk.1.ffn_{p}_shexp.weight")
+    for p in ("gate", "up", "down")
+)
+# k_b and v_b are the parts of kv_b.
+LATENT = (
+    (f"{L}self_attn.kv_a_proj_with_mqa.weight", 2, "attention", "blk.1.attn_kv_a_mqa.weight"),
+    (f"{L}self_attn.kv_a_layernorm.weight", 1, "norm", "blk.1.attn_kv_a_norm.weight"),
+    (f"{L}self_attn.k_b_proj.weight", 3, "attention", "blk.1.attn_k_b.weight"),
+    (f"{L}self_attn.v_b_proj.weight", 3, "attention", "blk.1.attn_v_b.weight"),
+)
 FOUR_NORMS = (
     (f"{L}post_attention_layernorm.weight", 1, "norm", "blk.1.post_attention_norm.weight"),
     (f"{L}pre_feedforward_layernorm.weight", 1, "norm", "blk.1.ffn_norm.weight"),
     (f"{L}post_feedforward_layernorm.weight", 1, "norm", "blk.1.post_ffw_norm.weight"),
 )
 NO_HEAD = (("lm_head.weight", 2, "head", "-"),)
-
-
-def nameless(*rows: tuple[str, int, str, str | None]) -> tuple[tuple[str, int, str, str | None], ...]:
-    """The rows without names in GGUF files."""
-    return tuple((name, ndim, role, None) for name, ndim, role, _ in rows)
 
 
 def plain(*rows: tuple[str, int, str]) -> tuple[tuple[str, int, str, str | None], ...]:
@@ -114,49 +122,50 @@ NAMES: dict[str, Names] = {
         ),
     ),
     "deepseek_v2": Names(
-        {"model_type": "deepseek_v2"},
-        plain(
-            ("model.embed_tokens.weight", 2, "embedding"),
-            (f"{L}self_attn.q_proj.weight", 2, "attention"),
-            (f"{L}self_attn.kv_a_proj_with_mqa.weight", 2, "attention"),
-            (f"{L}self_attn.kv_a_layernorm.weight", 1, "norm"),
-            (f"{L}self_attn.kv_b_proj.weight", 2, "attention"),
-            (f"{L}self_attn.o_proj.weight", 2, "attention"),
-            ("model.layers.0.mlp.gate_proj.weight", 2, "mlp"),
-            (f"{L}mlp.gate.weight", 2, "router"),
-            (f"{L}mlp.shared_experts.up_proj.weight", 2, "shared expert"),
-            (f"{L}mlp.experts.63.down_proj.weight", 2, "expert"),
-            ("lm_head.weight", 2, "head"),
+        {"model_type": "deepseek_v2", "num_hidden_layers": 27},
+        (
+            *(*HEAD, *TWO_NORMS, *DENSE, *EXPERTS, *LATENT, *SHARED_EXPERTS),
+            ("model.embed_tokens.weight", 2, "embedding", "token_embd.weight"),
+            (f"{L}self_attn.q_proj.weight", 2, "attention", "blk.1.attn_q.weight"),
+            (f"{L}self_attn.o_proj.weight", 2, "attention", "blk.1.attn_output.weight"),
+            (f"{L}self_attn.rotary_emb.inv_freq", 1, "other", "-"),
         ),
     ),
     "deepseek_v3": Names(
-        {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},
-        plain(
-            (f"{L}self_attn.q_a_proj.weight", 2, "attention"),
-            (f"{L}self_attn.q_a_layernorm.weight", 1, "norm"),
-            (f"{L}self_attn.q_b_proj.weight", 2, "attention"),
-            (f"{L}self_attn.kv_a_proj_with_mqa.weight", 2, "attention"),
-            ("model.layers.3.mlp.gate.weight", 2, "router"),
-            ("model.layers.3.mlp.gate.e_score_correction_bias", 1, "bias"),
-            ("model.layers.3.mlp.experts.255.gate_proj.weight", 2, "expert"),
-            ("model.layers.61.eh_proj.weight", 2, "other"),
-            ("model.layers.61.enorm.weight", 1, "norm"),
-            ("model.layers.61.shared_head.head.weight", 2, "head"),
-            ("model.layers.61.embed_tokens.weight", 2, "embedding"),
+        {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": 61},
+        (
+            *(*HEAD, *TWO_NORMS, *DENSE, *EXPERTS, *LATENT, *SHARED_EXPERTS),
+            (f"{L}self_attn.q_a_proj.weight", 2, "attention", "blk.1.attn_q_a.weight"),
+            (f"{L}self_attn.q_a_layernorm.weight", 1, "norm", "blk.1.attn_q_a_norm.weight"),
+            (f"{L}self_attn.q_b_proj.weight", 2, "attention", "blk.1.attn_q_b.weight"),
+            (f"{L}mlp.gate.e_score_correction_bias", 1, "bias", "blk.1.exp_probs_b.bias"),
+            ("model.layers.61.mlp.experts.255.gate_proj.weight", 2, "expert", "-"),
+            ("model.layers.61.self_attn.kv_b_proj.weight", 2, "attention", "-"),
+            ("model.layers.61.eh_proj.weight", 2, "other", "-"),
+            ("model.layers.61.enorm.weight", 1, "norm", "-"),
+            ("model.layers.61.shared_head.head.weight", 2, "head", "-"),
+            ("model.layers.61.embed_tokens.weight", 2, "embedding", "-"),
         ),
     ),
     "gpt_oss": Names(
         {"model_type": "gpt_oss"},
         (
-            *nameless(*DECODER, *TWO_NORMS, *HEAD, *QKV_BIASES),
-            *plain(
-                (f"{L}self_attn.sinks", 1, "other"),
-                (f"{L}mlp.router.weight", 2, "router"),
-                (f"{L}mlp.router.bias", 1, "bias"),
-                (f"{L}mlp.experts.gate_up_proj", 3, "expert"),
-                (f"{L}mlp.experts.gate_up_proj_bias", 2, "bias"),
-                (f"{L}mlp.experts.down_proj", 3, "expert"),
-            ),
+            *(*DECODER, *HEAD, *QKV_BIASES),
+            (f"{L}post_attention_layernorm.weight", 1, "norm", "blk.1.post_attention_norm.weight"),
+            (f"{L}self_attn.o_proj.bias", 1, "bias", "blk.1.attn_output.bias"),
+            (f"{L}self_attn.sinks", 1, "other", "blk.1.attn_sinks.weight"),
+            (f"{L}mlp.router.weight", 2, "router", "blk.1.ffn_gate_inp.weight"),
+            (f"{L}mlp.router.bias", 1, "bias", "blk.1.ffn_gate_inp.bias"),
+            (f"{L}mlp.experts.gate_up_proj", 3, "expert", PARTS),
+            (f"{L}mlp.experts.gate_proj.weight", 3, "expert", "blk.1.ffn_gate_exps.weight"),
+            (f"{L}mlp.experts.up_proj.weight", 3, "expert", "blk.1.ffn_up_exps.weight"),
+            (f"{L}mlp.experts.gate_up_proj_bias", 2, "bias", PARTS),
+            (f"{L}mlp.experts.gate_proj.bias", 2, "bias", "blk.1.ffn_gate_exps.bias"),
+            (f"{L}mlp.experts.up_proj.bias", 2, "bias", "blk.1.ffn_up_exps.bias"),
+            (f"{L}mlp.experts.down_proj", 3, "expert", PARTS),
+            (f"{L}mlp.experts.down_proj.weight", 3, "expert", "blk.1.ffn_down_exps.weight"),
+            (f"{L}mlp.experts.down_proj_bias", 2, "bias", PARTS),
+            (f"{L}mlp.experts.down_proj.bias", 2, "bias", "blk.1.ffn_down_exps.bias"),
         ),
     ),
     "bert": Names(
@@ -197,6 +206,38 @@ NAMES: dict[str, Names] = {
             ("model.transformer.blocks.1.ff_out.weight", 2, "mlp", "blk.1.ffn_down.weight"),
             ("model.transformer.ln_f.weight", 1, "norm", "output_norm.weight"),
             ("model.transformer.ff_out.weight", 2, "head", "output.weight"),
+        ),
+    ),
+    "gguf": Names(
+        {},
+        tuple(
+            (name, ndim, role, name)
+            for name, ndim, role in (
+                ("token_embd.weight", 2, "embedding"),
+                ("per_layer_token_embd.weight", 2, "embedding"),
+                ("position_embd.weight", 2, "position"),
+                ("token_types.weight", 2, "position"),
+                ("rope_freqs.weight", 1, "other"),
+                ("output_norm.weight", 1, "norm"),
+                ("output.weight", 2, "head"),
+                ("cls.output.weight", 2, "other"),
+                ("blk.1.attn_q.weight", 2, "attention"),
+                ("blk.1.attn_q.bias", 1, "bias"),
+                ("blk.1.attn_q_norm.weight", 2, "norm"),
+                ("blk.1.attn_kv_a_mqa.weight", 2, "attention"),
+                ("enc.blk.1.attn_rel_b.weight", 2, "position"),
+                ("dec.blk.1.cross_attn_o.weight", 2, "attention"),
+                ("blk.1.ffn_gate.weight", 2, "mlp"),
+                ("blk.1.ffn_gate_inp.weight", 2, "router"),
+                ("blk.1.ffn_gate_inp_shexp.weight", 2, "router"),
+                ("blk.1.ffn_gate_exps.weight", 3, "expert"),
+                ("blk.1.ffn_gate_up_exps.weight", 3, "expert"),
+                ("blk.1.ffn_up_shexp.weight", 2, "shared expert"),
+                ("blk.1.ssm_conv1d.weight", 2, "conv"),
+                ("blk.1.shortconv.conv.weight", 2, "conv"),
+                ("blk.1.ssm_in.weight", 2, "other"),
+                ("blk.1.ssm_a", 2, "other"),
+            )
         ),
     ),
     "flux": Names(

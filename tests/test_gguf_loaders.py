@@ -20,14 +20,14 @@ from . import minilm, tiny_models
 
 pytestmark = pytest.mark.interop
 LLAMA_CPP = 6e-2  # it quantizes the activations too
-MODELS = [*tiny_models.MODELS, "minilm"]
+MODELS = [*tiny_models.MODELS, *tiny_models.DEEPSEEK, "minilm"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models, and what the tests of this file make of them."""
     folder = tmp_path_factory.mktemp("gguf")
-    for name, make in tiny_models.MODELS.items():
+    for name, make in (tiny_models.MODELS | tiny_models.DEEPSEEK).items():
         make(folder / name, "bfloat16")
     shutil.copytree(minilm.model_dir(), folder / "minilm")
     return folder
@@ -50,6 +50,8 @@ def reference(folder: Path, model: str, file: Path) -> np.ndarray:
         dequantize_checkpoint(file, decoded / "model.safetensors", dtype="float32", device="reference")
         if model == "minilm":
             add_what_is_left_out(folder / model / "model.safetensors", decoded / "model.safetensors")
+        if model in tiny_models.DEEPSEEK:
+            join_the_parts(decoded / "model.safetensors")
     return transformers_models.plain(decoded, "float32")
 
 
@@ -57,6 +59,19 @@ def add_what_is_left_out(source: Path, target: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     save_file(load_file(source) | load_file(target), target, {"format": "pt"})
+
+
+def join_the_parts(file: Path) -> None:
+    """Keys and values of each head, one below the other, as transformers has them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.endswith(".k_b_proj.weight")]:
+        values = tensors.pop(name.replace("k_b_proj", "v_b_proj"))
+        heads = [torch.cat([k.T, v]) for k, v in zip(tensors.pop(name), values, strict=True)]
+        tensors[name.replace("k_b_proj", "kv_b_proj")] = torch.cat(heads)
+    save_file(tensors, file, {"format": "pt"})
 
 
 def off(got: np.ndarray, want: np.ndarray) -> float:
@@ -96,7 +111,8 @@ def test_llama_cpp_reads_texts_as_transformers_does(folder: Path, model: str) ->
     from .real_loaders.inputs import TEXTS
 
     file, tokenizer = written(folder, model, "q8_0"), AutoTokenizer.from_pretrained(folder / model)
-    assert llama_cpp.token_ids(file, TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
+    texts = [*TEXTS, "One line\n\nand (and) 12345 others: ünïcode, 日本 it's"]
+    assert llama_cpp.token_ids(file, texts) == [tokenizer(text)["input_ids"] for text in texts]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -188,6 +204,10 @@ SIZES |= {"num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings"
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
 WINDOW = {"head_dim": 64, "sliding_window": 64, "query_pre_attn_scalar": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 96}
+LATENT |= {"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "first_k_dense_replace": 1, "n_shared_experts": 2}
+LATENT |= {"n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 256, "num_hidden_layers": 3}
+SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
 KINDS: dict[str, dict[str, object]] = {
     "Mistral": {},
     "Qwen3": {"head_dim": 64},
@@ -200,6 +220,21 @@ KINDS: dict[str, dict[str, object]] = {
     "Qwen3Moe": {"head_dim": 64, "norm_topk_prob": True, **EXPERTS},
     "Llama": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}},
     "Qwen2": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+    # Every token goes to some of the experts: in the first by softmax, in the second by sigmoids of the best groups.
+    "DeepseekV2": {
+        **LATENT,
+        "q_lora_rank": None,
+        "rope_parameters": {**SCALED, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "DeepseekV3": {
+        **LATENT,
+        "q_lora_rank": 192,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "num_mtp_layers": 0,
+        "rope_parameters": {**SCALED, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
 }
 
 
@@ -220,6 +255,9 @@ def test_every_architecture_in_llama_cpp(tmp_path: Path, kind: str) -> None:
                 p.normal_(0.0 if "bias" in name or "Gemma" in kind else 1.0, 0.1)
             elif "embed" not in name:
                 p.normal_(0, p.shape[-1] ** -0.5)
+        for name, p in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                p.normal_(0, 0.1)
     model.save_pretrained(tmp_path / "m")
     file, none = tmp_path / "a.gguf", {"tokenizer": "none"}
     quantize_checkpoint(tmp_path / "m", file, "f16", format="gguf", device="reference", format_options=none)

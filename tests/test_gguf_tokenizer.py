@@ -72,7 +72,7 @@ def test_merges_of_both_forms(tmp_path: Path, merges: Any, stored: list[str]) ->
     assert keys(described(tmp_path, tokenizer))["merges"] == stored
 
 
-@pytest.mark.parametrize(("family", "pre"), [("llama3", "llama-bpe"), ("qwen2", "qwen2")])
+@pytest.mark.parametrize(("family", "pre"), [("llama3", "llama-bpe"), ("qwen2", "qwen2"), ("gpt-oss", "gpt-4o")])
 def test_the_way_words_are_cut(tmp_path: Path, family: str, pre: str) -> None:
     tiny_tokenizers.byte_level(tmp_path, family, 300, {"bos_token": "<s>"}, ["<s>"])
     found = keys(tmp_path, ("gpt2", "of the architecture"))

@@ -16,7 +16,7 @@ from arrowquant_gpu.models import gguf, mix, tables
 from arrowquant_gpu.models.tables import architectures
 from arrowquant_gpu.schemes import Scheme
 
-from .model_names import DECODER, DENSE, NAMES
+from .model_names import DECODER, DENSE, NAMES, PARTS
 
 ROWS = [(arch, *row) for arch, (_, rows) in NAMES.items() for row in rows]
 LLAMA = {
@@ -30,12 +30,80 @@ LLAMA = {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
 }
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "attention_bias": True,
+    "swiglu_limit": 7.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 163840,
+    "rope_theta": 10000,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 3,
+    "num_nextn_predict_layers": 1,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 4096,
+    },
 }
 
 
@@ -46,7 +114,7 @@ def test_every_architecture_of_the_table_has_names_here() -> None:
     assert used == set(models.ROLES)
 
 
-@pytest.mark.parametrize("arch", NAMES)
+@pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.model_types or row.classes])
 def test_the_config_tells_the_architecture(arch: str) -> None:
     found = models.find(NAMES[arch].config, [])
     assert (found.name, found.is_known) == (arch, True)
@@ -57,15 +125,18 @@ def test_the_config_tells_the_architecture(arch: str) -> None:
 
 @pytest.mark.parametrize(("arch", "name", "ndim", "role", "gguf_name"), ROWS)
 def test_roles_and_gguf_names(arch: str, name: str, ndim: int, role: str, gguf_name: str | None) -> None:
-    model = models.find(NAMES[arch].config, [])
+    model = models.find(NAMES[arch].config, [row[0] for row in NAMES[arch].rows])
     assert model.role(name, (64,) * ndim) == role
     if gguf_name is None:
         assert model.gguf is None
         return
     assert model.gguf is not None
-    found = model.gguf.name(name)
-    assert (None if found is None else found.name) == (None if gguf_name == "-" else gguf_name)
-    assert model.gguf.omits(name) == (gguf_name == "-")
+    is_omitted, in_parts = model.gguf.omits(name, NAMES[arch].config), gguf_name == PARTS
+    assert is_omitted == (gguf_name == "-")
+    assert set(model.gguf.parts(NAMES[arch].config, [name])) == ({name} if in_parts else set())
+    if not is_omitted:
+        found = model.gguf.name(name)
+        assert (None if found is None else found.name) == (None if in_parts else gguf_name)
 
 
 @pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.names])
@@ -196,6 +267,58 @@ class TestGguf:
         wide = table.keys(LLAMA | {"head_dim": 64})
         assert (wide["llama.rope.dimension_count"], wide["llama.attention.key_length"]) == (64, 64)
 
+    def test_keys_of_gpt_oss(self) -> None:
+        table = models.find(GPT_OSS, []).gguf
+        want = {
+            "vocab_size": 201088,
+            "context_length": 131072,
+            "embedding_length": 2880,
+            "block_count": 24,
+            "feed_forward_length": 2880,
+            "expert_count": 32,
+            "expert_used_count": 4,
+            "expert_feed_forward_length": 2880,
+            "attention.head_count": 64,
+            "attention.head_count_kv": 8,
+            "attention.key_length": 64,
+            "attention.value_length": 64,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.sliding_window": 128,
+            "rope.dimension_count": 64,
+            "rope.freq_base": 150000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 32.0,
+            "rope.scaling.original_context_length": 4096,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+        }
+        assert table.keys(GPT_OSS) == {f"gpt-oss.{key}": value for key, value in want.items()}
+        # What config.json leaves out is as in transformers.
+        short = {k: v for k, v in GPT_OSS.items() if k not in ("rope_scaling", "rope_theta", "layer_types")}
+        assert table.keys(short) == table.keys(GPT_OSS)
+        plain = table.keys(GPT_OSS | {"rope_scaling": {"rope_type": "default"}})
+        assert not [key for key in plain if "scaling" in key]
+        assert table.vocabulary(GPT_OSS) == ("gpt2", "gpt-4o")
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"layer_types": ["full_attention", "sliding_attention"] * 12},
+            {"layer_types": ["sliding_attention", "full_attention"] * 11 + ["sliding_attention"] * 2},
+            {"layer_types": "full_attention"},
+            {"swiglu_limit": 10.0},
+            {"swiglu_alpha": 1},
+            {"attention_bias": False},
+            {"tie_word_embeddings": True},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 16.0}},
+            {"rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_slow": 2.0}},
+        ],
+    )
+    def test_what_llama_cpp_has_built_in(self, said: dict[str, Any]) -> None:
+        table = models.find(GPT_OSS, []).gguf
+        with pytest.raises(FormatError, match=r"config\.json has \S+ .*; llama\.cpp has .* built in"):
+            table.keys(GPT_OSS | said)
+
     def test_rope_scaling(self) -> None:
         table = models.find(LLAMA, []).gguf
         yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 1024}
@@ -254,8 +377,112 @@ class TestGguf:
         assert table.vocabulary({"vocab_size": 128256}) == ("gpt2", "llama-bpe")
         assert models.find({"model_type": "bert"}, []).gguf.tokenizer == "bert"
 
+    def test_keys_of_deepseek(self) -> None:
+        """V3 as it is published: what is summed, scaled, counted, named by a number, or one for all."""
+        found = models.find(DEEPSEEK, []).gguf.keys(DEEPSEEK)
+        assert {k.removeprefix("deepseek2."): v for k, v in found.items()} == {
+            "vocab_size": 129280,
+            "context_length": 163840,
+            "embedding_length": 7168,
+            "block_count": 61,
+            "feed_forward_length": 18432,
+            "attention.head_count": 128,
+            "attention.head_count_kv": 1,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "attention.q_lora_rank": 1536,
+            "attention.kv_lora_rank": 512,
+            "attention.key_length": 576,
+            "attention.value_length": 512,
+            "attention.key_length_mla": 192,
+            "attention.value_length_mla": 128,
+            "rope.dimension_count": 64,
+            "rope.freq_base": 10000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 40.0,
+            "rope.scaling.original_context_length": 4096,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+            "leading_dense_block_count": 3,
+            "expert_count": 256,
+            "expert_used_count": 8,
+            "expert_shared_count": 1,
+            "expert_feed_forward_length": 2048,
+            "expert_weights_scale": 2.5,
+            "expert_weights_norm": True,
+            "expert_gating_func": 2,
+            "expert_group_count": 8,
+            "expert_group_used_count": 4,
+        }
+        assert found["deepseek2.expert_weights_norm"] is True
+        lite = {**DEEPSEEK, "model_type": "deepseek_v2", "architectures": [], "q_lora_rank": None}
+        lite |= {"scoring_func": "softmax", "norm_topk_prob": False, "n_group": None, "topk_group": None}
+        found = models.find(lite, []).gguf.keys(lite)
+        assert (found["deepseek2.attention.q_lora_rank"], found["deepseek2.expert_gating_func"]) == (0, 1)
+        assert not [k for k in found if "group" in k or "weights_norm" in k]
+        for version, said in (("v2", 1), ("v3", 2)):
+            unsaid = {k: v for k, v in lite.items() if k != "scoring_func"} | {"model_type": f"deepseek_{version}"}
+            assert models.find(unsaid, []).gguf.keys(unsaid)["deepseek2.expert_gating_func"] == said
+
+    @pytest.mark.parametrize(
+        ("own", "words"),
+        [
+            ({"rope_interleave": False}, "has rope_interleave False; llama.cpp has True built in"),
+            ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; llama.cpp has silu built in"),
+            ({"attention_bias": True}, "has attention_bias True; llama.cpp has False built in"),
+            ({"topk_method": "greedy"}, "has topk_method 'greedy'; llama.cpp has noaux_tc built in"),
+            ({"moe_layer_freq": 2}, "has moe_layer_freq 2; llama.cpp has 1 built in"),
+            ({"rope_scaling": {"beta_fast": 4.0}}, "has rope_scaling.beta_fast 4.0; llama.cpp has 32 built in"),
+            ({"rope_parameters": {"beta_slow": 2}}, "has rope_parameters.beta_slow 2; llama.cpp has 1 built in"),
+            (
+                {"rope_scaling": {"attention_factor": 2}},
+                "has rope_scaling.attention_factor 2; llama.cpp has 1 built in",
+            ),
+            ({"scoring_func": "tanh"}, "scoring_func 'tanh'; what GGUF can say is softmax, sigmoid"),
+            ({"norm_topk_prob": 1}, "norm_topk_prob 1, which is neither true nor false"),
+            ({"v_head_dim": None}, "no v_head_dim, which GGUF stores as attention.value_length_mla"),
+            (
+                {"qk_rope_head_dim": None},
+                "no kv_lora_rank or qk_rope_head_dim, which GGUF stores as attention.key_length",
+            ),
+            ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'; what GGUF can say is yarn"),
+            (
+                {"rope_scaling": {"type": "yarn", "factor": 2}},
+                "no rope_parameters.mscale_all_dim or rope_scaling.mscale",
+            ),
+            (
+                {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1.0, "mscale_all_dim": 0.707}},
+                r"mscale_all_dim 0.707 and rope_parameters.mscale 1.0; llama.cpp has one value for both",
+            ),
+            (
+                {"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}},
+                r"mscale_all_dim 1.0 and rope_parameters.mscale None; llama.cpp has one value",
+            ),
+        ],
+    )
+    def test_what_llama_cpp_would_compute_otherwise(self, own: dict[str, Any], words: str) -> None:
+        config = DEEPSEEK | own
+        with pytest.raises(FormatError, match=words):
+            models.find(config, []).gguf.keys(config)
+
+    def test_layers_after_the_last_are_left_out(self) -> None:
+        table, name = models.find(DEEPSEEK, []).gguf, "model.layers.{}.self_attn.kv_b_proj.weight"
+        assert [table.omits(name.format(i), DEEPSEEK) for i in (0, 60, 61, 62)] == [False, False, True, True]
+        assert not table.omits("model.norm.weight", DEEPSEEK)
+        assert not table.omits(name.format(61))
+        assert not table.omits(name.format(61), {"num_hidden_layers": None})
+        assert not models.find(LLAMA, []).gguf.omits(name.format(61), LLAMA)
+        assert list(table.parts(DEEPSEEK, [name.format(i) for i in (60, 61)])) == [name.format(60)]
+
+    def test_parts(self) -> None:
+        table, name = models.find(DEEPSEEK, []).gguf, "model.layers.7.self_attn.kv_b_proj.weight"
+        k, v = table.parts(DEEPSEEK, ["model.norm.weight", name])[name]
+        assert (k.name, v.name) == (name.replace("kv_b", "k_b"), name.replace("kv_b", "v_b"))
+        assert (k.shape((128 * 256, 512)), v.shape((128 * 256, 512))) == ((128, 512, 128), (128, 128, 512))
+        lite = DEEPSEEK | {"model_type": "deepseek_v2"}
+        assert models.find(lite, []).gguf.parts(lite, [name]) == {name: (k, v)}
+        assert models.find(LLAMA, []).gguf.parts(LLAMA, [name]) == {}
+
     @pytest.mark.interop
-    @pytest.mark.parametrize("arch", [arch for arch, row in architectures().items() if row.gguf])
+    @pytest.mark.parametrize("arch", [a for a, row in architectures().items() if row.gguf and row.gguf != "gguf"])
     def test_the_gguf_package_has_the_same_names(self, arch: str) -> None:
         import gguf as peer
 
@@ -266,12 +493,15 @@ class TestGguf:
         n_compared = 0
         for name, *_ in NAMES[arch].rows:
             found = table.name(name)
-            if found is None:
+            if found is None or table.omits(name, NAMES[arch].config):
                 continue
+            # The converter takes this parameter for the bias of a module.
+            name = name.replace(".gate.e_score_correction_bias", ".e_score_correction.bias")
             template = found.name.rpartition(".")[0].replace("blk.1.", "blk.{bid}.")
             assert template in known, (name, template)
             # The converter joins experts under the name without their number, and drops the prefix of BERT.
-            module = name.rpartition(".")[0].replace(".experts.5.", ".experts.").removeprefix("bert.")
+            module = name if name.endswith(".sinks") else name.rpartition(".")[0]
+            module = module.replace(".experts.5.", ".experts.").removeprefix("bert.")
             assert peers.get_name(module) == found.name.rpartition(".")[0], name
             n_compared += 1
         assert n_compared >= 9
@@ -386,6 +616,8 @@ class TestTables:
             (lambda d: d["architectures"]["phi"].update(without=["nothing"]), "phi: without: there is no 'nothing'"),
             (lambda d: d["keys"]["bert"]["block_count"].update(kind="int"), "keys.bert.block_count: .*'kind'"),
             (lambda d: d["keys"]["bert"]["block_count"].update(type="u32"), "type 'u32' is none of int, float, text"),
+            (lambda d: d["architectures"]["deepseek_v2"].update(parts=["kv"]), "deepseek_v2: parts: there is no 'kv'"),
+            (lambda d: d["architectures"]["deepseek_v2"].update(misread=[{"key": 1}]), "deepseek_v2: misread: .*'key'"),
         ],
     )
     def test_gguf(self, change: Any, words: str) -> None:

@@ -15,6 +15,7 @@ from arrowquant_gpu.pipeline.policy import Policy
 from .minilm import model_dir
 
 LINEAR = "linear weight"
+PER_HEAD = "linear weights, a matrix for each head"
 STACKED = "experts of a mixture, stacked; groups run along the last axis"
 LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
 MOE = {"num_experts": 60, "vocab_size": 151936, "hidden_size": 2048}
@@ -49,6 +50,14 @@ TABLE = [
     (None, "cls.predictions.transform.dense.weight", (384, 384), "output head"),
     (None, "classifier.weight", (2, 384), "classifier head"),
     (None, "qa_outputs.weight", (2, 384), "classifier head"),
+    # GGUF
+    (None, "blk.0.ssm_conv1d.weight", (1536, 4), "small, and in float in GGUF files"),
+    (None, "blk.0.shortconv.conv.weight", (1024, 3), "small, and in float in GGUF files"),
+    (None, "blk.0.time_mix_w1.weight", (64, 2048), "small, and in float in GGUF files"),
+    (None, "blk.0.indexer.k_proj.weight", (128, 2048), "small, and in float in GGUF files"),
+    (None, "blk.0.time_mix_key.weight", (2048, 2048), LINEAR),
+    (None, "altup_proj.weight", (3, 2048, 2048), "small, and in float in GGUF files"),
+    (None, "blk.0.laurel_l.weight", (64, 2048), "small, and in float in GGUF files"),
     # Mixtures of experts
     (MOE, "model.layers.0.mlp.gate.weight", (60, 2048), "router of a mixture of experts"),
     (MOE, "model.layers.0.mlp.shared_expert_gate.weight", (1, 2048), "router of a mixture of experts"),
@@ -61,6 +70,9 @@ TABLE = [
     (MOE, "transformer.blocks.0.ffn.experts.mlp.w1", (172032, 6144), STACKED),
     (MOE, "model.layers.0.mlp.experts.gate_up_proj_bias", (60, 2816), "bias"),
     (MOE, "l.0.moe.input_linear.weight", (60, 512, 256), "as many matrices as experts; groups run along the last axis"),
+    # Parts
+    (None, "model.layers.0.self_attn.k_b_proj.weight", (128, 512, 128), PER_HEAD),
+    ({"model_type": "deepseek_v3"}, "model.layers.0.self_attn.v_b_proj.weight", (128, 128, 512), PER_HEAD),
     # Other families
     (None, "transformer.wte.weight", (50257, 768), "embedding"),
     (None, "transformer.wpe.weight", (1024, 768), "embedding"),

@@ -28,12 +28,38 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
 """
-# How many digits a word of each family has, and the expression that cuts words, as their tokenizer.json has it.
-DIGITS = {"llama3": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-WORDS = (
+# The expressions that cut words, as the tokenizer.json of each family has them, one after the other; of deepseek2's
+# letters this is the part of the first.
+_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CUTS = {
+    "llama3": (_WORDS % r"\p{N}{1,3}",),
+    "qwen2": (_WORDS % r"\p{N}",),
+    "deepseek2": (
+        "[\r\n]",
+        r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥ࠀ-一가-퟿]+",
+        r"\p{N}",
+    ),
+    "deepseek3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "gpt-oss": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}
+# Merges by which the families of DeepSeek differ: two line ends, and a bracket with the word behind it.
+ACROSS_CUTS = (("Ċ", "Ċ"), ("(", "a"))
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -110,19 +136,21 @@ def byte_level(directory: Path, family: str, vocab: int, config: Mapping[str, ob
     characters = _byte_characters()
     words = [[characters[b] for b in word.encode()] for word in re.findall(r" ?\w+|[^\w\s]+|\s+", TEXT)]
     n = vocab - 256 - len(special)
-    merges = _unique(learned_merges(words, n + 20), characters)[:n]
+    more = ACROSS_CUTS if len(CUTS[family]) > 1 else ()
+    merges = [*_unique(learned_merges(words, n + 20), characters)[: n - len(more)], *more]
     order = [*sorted(characters), *("".join(pair) for pair in merges)]
     pieces = {piece: i for i, piece in enumerate(order)}
     ids = {content: len(pieces) + i for i, content in enumerate(special)}
     bos = config.get("bos_token")
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": WORDS % DIGITS[family]}, "behavior": "Isolated", "invert": False}
+    isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**isolated, "pattern": {"Regex": text}} for text in CUTS[family]]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "fuse_unk": False}
     model |= {"end_of_word_suffix": "", "byte_fallback": False, "ignore_merges": False}
     tokenizer = {
         "added_tokens": _special(ids),
         "normalizer": {"type": "NFC"} if family == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, level]},
         "post_processor": {"type": "Sequence", "processors": [level, _begin(bos, ids[bos])]} if bos else level,
         "decoder": level,
         "model": {**model, "vocab": pieces, "merges": [" ".join(pair) for pair in merges]},

@@ -1,17 +1,11 @@
-"""`DecodedCheckpoint`: a quantized checkpoint as a source of float weights, decoded as they are read.
-
-Its tensors have the places of a float file that does not exist: `offset` of a tensor is where its decoded bytes would
-begin if those of each file followed each other. `DecodedReader` gives the bytes at such places.
-"""
+"""`DecodedCheckpoint`: a quantized checkpoint as a source of float weights, decoded as they are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import math
-from bisect import bisect_right
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -21,52 +15,33 @@ from numpy.typing import NDArray
 from .. import ops
 from ..backends import Backend, get_backend
 from ..dtypes import DTYPES, KERNEL_DTYPES
-from ..errors import SourceError
-from ..formats import QuantizedCheckpoint, TensorInfo
+from ..formats import QuantizedCheckpoint
 from ..formats.checkpoint import SAMPLES
 from ..formats.quantized import pieces
+from ..grids import GRIDS
 from ..tensor import QuantizedTensor
-from . import Load
+from .computed import ComputedCheckpoint, in_order
 from .converted import columns_of, recover
 
 
-class DecodedCheckpoint:
+class DecodedCheckpoint(ComputedCheckpoint):
     """See `Checkpoint`. `stored` is what is decoded; every tensor has its original dtype, so that the bytes read are
-    those that `arrowquant dequantize` would write."""
+    those that `arrowquant dequantize` would write. `sizes` are those that it tells where it has no config."""
+
+    why = "quantized weights are decoded as they are read"
 
     def __init__(self, stored: QuantizedCheckpoint) -> None:
         self.stored, self.path = stored, stored.path
         self.metadata, self.config, self.side_files = stored.metadata, stored.config, stored.side_files
-        self.left_out: tuple[tuple[Path, str], ...] = ()
-        self.tensors: dict[str, TensorInfo] = {}
-        ends: dict[Path, int] = {}
-        for name, entry in stored.entries.items():
-            n_bytes = -(-math.prod(entry.info.shape) * DTYPES[entry.info.dtype].bits // 8)
-            begin = ends.get(entry.info.file, 0)
-            self.tensors[name] = dataclasses.replace(entry.info, name=name, offset=begin, n_bytes=n_bytes)
-            ends[entry.info.file] = begin + n_bytes
+        self.sizes: Mapping[str, int] = getattr(stored, "sizes", {})
+        self.left_out = ()
+        self.tensors = in_order(dataclasses.replace(e.info, name=name) for name, e in stored.entries.items())
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """Ids of the schemes that it is quantized with."""
-        return tuple(sorted({e.scheme.id for e in self.stored.entries.values() if e.scheme is not None}))
-
-    def view(self, name: str) -> NDArray[Any]:
-        """The whole tensor, decoded to new memory: see `Checkpoint`."""
-        if name not in self.tensors:
-            raise SourceError(f"{self.path}: no tensor {name!r}")
-        info, dtype = self.tensors[name], DTYPES[self.tensors[name].dtype].numpy
-        raw = np.empty(info.n_bytes, np.uint8)
-        self.read(name, 0, raw)
-        return raw if dtype is None else raw.view(dtype).reshape(info.shape)
-
-    def descriptor(self, file: Path, flags: int = 0) -> int:
-        """Raises SourceError: no file has these bytes."""
-        raise SourceError(f"{file}: quantized weights are decoded as they are read; choose --read auto")
-
-    def mapped(self, file: Path) -> NDArray[np.uint8]:
-        """Raises SourceError: no file has these bytes."""
-        raise SourceError(f"{file}: quantized weights are decoded as they are read; choose --read auto")
+        """Ids of the schemes that it is quantized with; f16 and bf16, which are plain floats, are none."""
+        found = {e.scheme for e in self.stored.entries.values() if e.scheme is not None}
+        return tuple(sorted(scheme.id for scheme in found if GRIDS[scheme.grid].block != 1))
 
     def fingerprint(self) -> str:
         """BLAKE2b-128 of names, sizes and samples of the files, as hex. See `Checkpoint`."""
@@ -80,7 +55,7 @@ class DecodedCheckpoint:
         return h.hexdigest()
 
     def read(self, name: str, begin: int, out: NDArray[np.uint8]) -> None:
-        """Write the bytes of the decoded tensor from position `begin` on to `out`. Safe to call from any thread."""
+        """The bytes of the decoded tensor. See `ComputedCheckpoint`."""
         backend, dtype = get_backend("cpu", 1), self.tensors[name].dtype
         end = begin + out.size
         for at, data in decoded(self.stored, name, dtype, backend, begin, end):
@@ -141,37 +116,3 @@ def narrow(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
         values = np.clip(values, -largest, largest)
     with np.errstate(over="ignore"):
         return values.astype(row.numpy)
-
-
-class DecodedReader:
-    """Decodes into the caller's buffer. See `Reader`."""
-
-    name = "decoded"
-    slack: int | None = 0
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, source: DecodedCheckpoint) -> None:
-        self._source = source
-        self._starts: dict[Path, list[tuple[int, str]]] = {}
-        for name, info in source.tensors.items():
-            if info.n_bytes:
-                self._starts.setdefault(info.file, []).append((info.offset, name))
-
-    def read(self, load: Load, buffer: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-        """The tensors, or parts of tensors, that would be at this place. See `Reader`."""
-        assert buffer is not None
-        out, starts = buffer[: load.n_bytes], self._starts.get(load.file, [])
-        at = load.offset
-        number = bisect_right(starts, at, key=lambda start: start[0]) - 1
-        while at < load.offset + load.n_bytes:
-            begin, name = starts[number]
-            stop = min(begin + self._source.tensors[name].n_bytes, load.offset + load.n_bytes)
-            self._source.read(name, at - begin, out[at - load.offset : stop - load.offset])
-            at, number = stop, number + 1
-        return out
-
-    def expect(self, load: Load) -> None:
-        """Nothing is known of where the bytes are. See `Reader`."""
-
-    def close(self) -> None:
-        """Nothing is held. See `Reader`."""

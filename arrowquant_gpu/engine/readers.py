@@ -22,7 +22,7 @@ from ..errors import InputError, SourceError
 from ..formats import Checkpoint
 from ..formats.mapped_file import MADV_POPULATE_READ, advise
 from . import Load, Reader
-from .decoded import DecodedCheckpoint, DecodedReader
+from .computed import ComputedCheckpoint, ComputedReader
 
 READERS = ("mapped", "buffered", "direct", "gds")
 
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 def open_reader(name: str, source: Checkpoint) -> Reader:
     """The reader of this name over the files of `source`, which it opens when they are first read; of a source that is
-    decoded, the one that decodes.
+    computed, the one that computes.
 
     Raises InputError for a name that is none of READERS, and DeviceError for gds where kvikio is not installed.
     """
-    if isinstance(source, DecodedCheckpoint):
-        return DecodedReader(source)
+    if isinstance(source, ComputedCheckpoint):
+        return ComputedReader(source)
     if name == "mapped":
         return MappedReader(source)
     if name == "buffered":

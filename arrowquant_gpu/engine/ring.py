@@ -11,8 +11,8 @@ from ..errors import InputError
 from ..formats import Checkpoint
 from ..formats.pieces import PIECE_BYTES, Piece
 from . import Device, Reader, Sizes
+from .computed import ComputedCheckpoint
 from .converted import is_converted
-from .decoded import DecodedCheckpoint
 from .host import HostDevice
 from .loads import sizes
 from .readers import open_reader
@@ -49,8 +49,8 @@ def open_devices(
             "reader gds brings weights straight into GPU memory: it needs devices that are GPUs, and nothing to "
             "validate on the host. Choose another --read, or --read auto."
         )
-    if read != "auto" and isinstance(source, DecodedCheckpoint):
-        raise InputError(f"reader {read}: quantized weights are decoded as they are read; choose --read auto")
+    if read != "auto" and isinstance(source, ComputedCheckpoint):
+        raise InputError(f"reader {read}: {source.why}; choose --read auto")
     smallest = Sizes(*(max(column, default=0) for column in zip(*map(sizes, pieces), strict=True)))
     room = None if memory_limit is None else max(0, memory_limit - anonymous_bytes() - RESERVE) // len(names)
     with contextlib.ExitStack() as stack:

@@ -179,8 +179,9 @@ class QuantizedCheckpoint(Protocol):
     `entries` holds every tensor of the original model under its original name, shape and dtype. `metadata` and
     `config` are the original's; `provenance` says how it was quantized.
 
-    A reader may also have `omitted`, the tensors of the original that its format does without, and
-    `scales_are_rounded`: whether scales were quantized once more when codes were there already.
+    A reader may also have `omitted`, the tensors of the original that its format does without,
+    `scales_are_rounded`: whether scales were quantized once more when codes were there already, and, where it has no
+    `config`, `sizes` that the file tells, by the names that config.json has for them.
     """
 
     path: Path

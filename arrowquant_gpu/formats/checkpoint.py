@@ -26,6 +26,7 @@ from ..errors import SourceError
 from . import TensorInfo
 from .recognise import (
     DEQUANTIZE,
+    MXFP4_COPY,
     REQUANTIZE,
     by_first_bytes,
     by_suffix,
@@ -364,8 +365,9 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_quantized(path: Path, found: str | None) -> None:
     if found is not None:
         is_read = "compressed-tensors" in found or "parquet-tensors" in found
-        way_out = f"; {DEQUANTIZE}" if is_read else ""
-        raise SourceError(f"{path}: already quantized: {found}; {REQUANTIZE}{way_out}.")
+        way_out = f"{REQUANTIZE}; {DEQUANTIZE}" if is_read else REQUANTIZE
+        way_out = MXFP4_COPY if "mxfp4" in found.lower() else way_out
+        raise SourceError(f"{path}: already quantized: {found}; {way_out}.")
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -22,8 +22,9 @@ from ..errors import FormatError
 from ..grids import GRIDS
 from ..schemes import Scheme, rows_and_length
 from . import Checkpoint, Codes, Entry, Place, TensorInfo
-from .gguf_file import BY_DTYPE, BY_SCHEME, TYPES, GgmlType, Value, layout, n_bytes
+from .gguf_file import ALIGNMENT, BY_DTYPE, BY_SCHEME, TYPES, GgmlType, StoredValue, Value, layout, n_bytes
 from .gguf_homes import DIFFUSION, RECORD, Home, find_homes, permuted
+from .gguf_source import GgufSource, open_source, sizes_of
 from .gguf_tokenizer import TOKENIZER_FILES, tokenizer_keys
 from .output import Output
 from .pieces import PIECE_BYTES, Cut, Piece, pieces
@@ -36,7 +37,7 @@ _GGML = {"mxfp4": "ggml_mxfp4", "nvfp4": "ggml_nvfp4"}
 # What llama-quantize takes where rows are not whole blocks; then F16, as it does.
 FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 # Matrices that llama.cpp adds, or decides with, in float32: it has no such operation for other types.
-FLOAT32 = re.compile(r"(?:^|\.)(?:ffn_gate_inp|ffn_gate_inp_shexp|position_embd|token_types)\.weight$")
+FLOAT32 = re.compile(r"(?:^|\.)(?:ffn_gate_inp|ffn_gate_inp_shexp|position_embd|token_types)\.weight$|\.bias$")
 # What becomes of kept tensors of types that readers do not compute with.
 _CONVERTED = {"float64": "F32", "float8_e4m3fn": "F16", "float8_e5m2": "F16"}
 
@@ -52,8 +53,11 @@ _MAX_NAME, _MAX_NAME_DIFFUSION, _MAX_DIMENSIONS = 63, 127, 4
 class GgufSink:
     """Writes one GGUF file. See `Sink`.
 
+    Of a source that is a GGUF file the keys are taken over that do not follow from config.json; all of them where there
+    is none, and tensors keep their names.
+
     config, names: the config.json and the names of all tensors of the source
-    tokenizer: "model" writes that of the model directory, "none" leaves it out
+    tokenizer: "model" writes that of the model directory, or of the GGUF file, "none" leaves it out
     pre: tokenizer.ggml.pre, where tokenizer.json cuts words in a way that is not known here
 
     Raises FormatError for an architecture that is not in the table, a tensor that has no name there, a config without
@@ -82,13 +86,15 @@ class GgufSink:
         self.model = models.find(config, names)
         self._tokenizer, self._pre = tokenizer, pre
         self._homes, self._sizes = find_homes(self.model, self.config, names)
-        self._n_layers = self.model.n_layers(names)
+        self._n_layers = self.model.n_layers(name for name, home in self._homes.items() if home is not None)
         self._has_head = any(home is not None and home.name == "output.weight" for home in self._homes.values())
         # Weights of a diffusion model's embeddings and heads are few, and much depends on them.
         is_diffusion = self.model.gguf is None
+        self._has_same_names = self.model.gguf is not None and self.model.gguf.same_names
         self.quantizes = frozenset[str]() if is_diffusion else frozenset({"embedding", "head"})
         self._asked: dict[str, str] = {}
         self._begins: dict[str, int] = {}
+        self._sources: dict[Path, GgufSource | None] = {}
 
     # What the plan asks.
 
@@ -97,6 +103,11 @@ class GgufSink:
         home = self._homes[info.name]
         if home is None:
             raise FormatError(self._why_left_out(info.name))
+        if self._has_same_names and self._source(info.file) is None:
+            raise FormatError(
+                "tensors have the names of a GGUF file, of which the sizes and the tokenizer are missing; quantize the "
+                "GGUF file itself"
+            )
         grid = _GGML.get(scheme.id, scheme.grid)
         if grid not in BY_SCHEME or scheme.id not in (grid, *_GGML):
             known = ", ".join(name for name, row in GRIDS.items() if row.block and not name.startswith("ggml_"))
@@ -139,6 +150,7 @@ class GgufSink:
         out = [name for name in (e.info.name for e in entries) if self._homes[name] is None]
         if out:
             found.append(f"{len(out)} tensors are not in the file (first: {out[0]}: {self._why_left_out(out[0])}).")
+        found += [] if self.model.gguf is None else self.model.gguf.misread(self.config)
         if self.model.name in DIFFUSION and any(_DIFFUSERS.search(e.info.name) for e in entries):
             found.append("ComfyUI-GGUF reads the names of the model's authors, not those of diffusers.")
         return found
@@ -174,7 +186,9 @@ class GgufSink:
         tensors = [(name, kind, shape) for name, (kind, shape, _) in stacks.items()]
         tensors += [(name, TYPES["F32"], values.shape) for name, values in extra.items()]
         file = self._output.target.name
-        header, places, size = layout(self._keys(entries, source, provenance), tensors)
+        given = self._source(entries[0].info.file) if entries else None
+        alignment = ALIGNMENT if given is None else given.alignment
+        header, places, size = layout(self._keys(entries, source, provenance), tensors, alignment)
         self._output.create(file, size)
         self._output.write(file, 0, np.frombuffer(header, np.uint8))
         for name, values in extra.items():
@@ -274,15 +288,22 @@ class GgufSink:
             stacks[name] = kind, shape, [e for _, e in found]
         return stacks
 
-    def _keys(self, entries: Sequence[Entry], source: Checkpoint, provenance: Mapping[str, str]) -> dict[str, Value]:
+    def _keys(
+        self, entries: Sequence[Entry], source: Checkpoint, provenance: Mapping[str, str]
+    ) -> dict[str, Value | StoredValue]:
         gguf = self.model.gguf
-        keys: dict[str, Value] = {
-            "general.architecture": DIFFUSION[self.model.name] if gguf is None else gguf.architecture,
-            "general.name": provenance.get("source", self.model.name),
-            "general.quantization_version": 2,
-            "general.file_type": self._file_type(entries),
-        }
-        keys |= self._sizes | self._pooling(entries) | self._tokenizer_keys(entries)
+        taken = self._taken(entries)
+        own: dict[str, Value] = {"general.quantization_version": 2, "general.file_type": self._file_type(entries)}
+        if taken and (gguf is None or self._has_same_names):
+            keys = taken | own
+        else:
+            keys = {
+                "general.architecture": DIFFUSION[self.model.name] if gguf is None else gguf.architecture,
+                "general.name": taken.get("general.name", provenance.get("source", self.model.name)),
+                **own,
+            }
+            keys |= self._sizes | self._pooling(entries) | self._tokenizer_keys(entries)
+            keys |= {key: value for key, value in taken.items() if key not in keys}
         for e in entries:
             if len(e.info.shape) > _MAX_DIMENSIONS:
                 keys[f"comfy.gguf.orig_shape.{e.info.name}"] = np.array(e.info.shape, "<i4")
@@ -291,6 +312,25 @@ class GgufSink:
         keys[f"{RECORD}config"] = json.dumps(source.config)
         keys[f"{RECORD}tensors"] = json.dumps({e.info.name: self._record(e) for e in entries})
         return keys
+
+    def _source(self, file: Path) -> GgufSource | None:
+        """What the file that a tensor is from says where it is a GGUF file, None where it is none."""
+        if file not in self._sources:
+            self._sources[file] = open_source(file)
+        return self._sources[file]
+
+    def _taken(self, entries: Sequence[Entry]) -> dict[str, Value | StoredValue]:
+        """The keys of a source that is a GGUF file, with the tokenizer that is asked for."""
+        given = self._source(entries[0].info.file) if entries else None
+        if given is None:
+            return {}
+        taken: dict[str, Value | StoredValue] = dict(given.keys)
+        if self._tokenizer == "none":
+            taken = {key: value for key, value in taken.items() if not key.startswith("tokenizer.")}
+            taken["tokenizer.ggml.model"] = "none"
+        elif self._pre:
+            taken["tokenizer.ggml.pre"] = self._pre
+        return taken
 
     def _record(self, entry: Entry) -> dict[str, Any] | None:
         """What the reader needs to find a tensor again as it was; None for what is left out."""
@@ -318,18 +358,19 @@ class GgufSink:
         """The scheme that a mix gives a tensor of this model."""
         role, layer = self.model.role(entry.info.name, entry.info.shape), self.model.layer(entry.info.name)
         role = "head" if role == "embedding" and not self._has_head else role
-        heads, kv_heads = (self._size(f"attention.head_count{s}") for s in ("", "_kv"))
-        gqa = heads // (kv_heads or heads or 1)
-        return mix.scheme(role, home.name, layer, self._n_layers, experts=self._size("expert_count"), gqa=gqa)
-
-    def _size(self, key: str) -> int:
+        given = self._source(entry.info.file) if self._has_same_names else None
         architecture = "" if self.model.gguf is None else self.model.gguf.architecture
-        return self._sizes.get(f"{architecture}.{key}") or 0
+        sizes = sizes_of({"general.architecture": architecture, **self._sizes}) if given is None else given.sizes
+        heads, kv_heads = (sizes.get(f"num_{name}_heads") or 0 for name in ("attention", "key_value"))
+        gqa, experts = heads // (kv_heads or heads or 1), sizes.get("num_local_experts") or 0
+        return mix.scheme(role, home.name, layer, self._n_layers, experts=experts, gqa=gqa)
 
     def _pooling(self, entries: Sequence[Entry]) -> dict[str, Value]:
         """How a model of sentences makes one vector of many: the module of sentence-transformers beside it says."""
         file = entries[0].info.file.parent / "1_Pooling" / "config.json" if entries else Path()
         if self.model.gguf is None or not self.config or self.model.gguf.architecture != "bert" or not file.is_file():
+            return {}
+        if self._source(entries[0].info.file) is not None:
             return {}
         modes = {"pooling_mode_mean_tokens": 1, "pooling_mode_cls_token": 2, "pooling_mode_lasttoken": 3}
         try:
@@ -341,7 +382,7 @@ class GgufSink:
 
     def _tokenizer_keys(self, entries: Sequence[Entry]) -> dict[str, Value]:
         gguf = self.model.gguf
-        if gguf is None or not entries:
+        if gguf is None or not entries or self._source(entries[0].info.file) is not None:
             return {}
         if self._tokenizer == "none":
             return {"tokenizer.ggml.model": "none"}

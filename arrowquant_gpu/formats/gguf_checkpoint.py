@@ -19,6 +19,7 @@ from ..tensor import QuantizedTensor
 from . import Entry, TensorInfo
 from .gguf_file import BY_DTYPE, TYPES, GgufTensor, Value, read_header
 from .gguf_homes import RECORD, Home, unpermuted
+from .gguf_source import sizes_of
 from .stored_model import row_blocks
 
 # Types that a kept tensor of this dtype may have in a file of this package.
@@ -31,10 +32,11 @@ class GgufCheckpoint:
 
     Of a file that this package wrote, `entries` have the names, dtypes and rows of the original, and `omitted` names
     the tensors of it that are not in the file. Of any other, names are those in the file, blocks decode to float32, and
-    F32, F16 and BF16 are kept tensors. `keys` are all keys of the file. Blocks are views of the mapped file, which must
-    not change while it is in use, but for rows that are put back in order.
+    F32, F16 and BF16 are kept tensors; `sizes` are what its keys tell, as `QuantizedCheckpoint` has them. `keys` are
+    all keys of the file. Blocks are views of the mapped file, which must not change while it is in use, but for rows
+    that are put back in order.
 
-    Raises SourceError for a file that is damaged, or has tensors of a type that is not read.
+    Raises SourceError for a file that is damaged, has tensors of a type that is not read, or is one of several files.
     """
 
     format = "gguf"
@@ -43,6 +45,11 @@ class GgufCheckpoint:
         self.path = Path(path)
         header = read_header(self.path)
         self.keys: Mapping[str, Value] = header.keys
+        n_files = header.keys.get("split.count", 1)
+        if isinstance(n_files, int) and n_files > 1:
+            raise SourceError(
+                f"{self.path}: one of {n_files} files of a model; make one of them first: llama-gguf-split --merge"
+            )
         self.side_files: tuple[Path, ...] = ()
         own = {k.removeprefix(RECORD): v for k, v in header.keys.items() if k.startswith(RECORD) and isinstance(v, str)}
         record = self._object(own.pop("tensors", "null"), "tensors")
@@ -59,6 +66,7 @@ class GgufCheckpoint:
             self.provenance = own
             self.omitted = self._omitted(record)
             self.entries = {n: self._own(n, row, header.tensors) for n, row in record.items() if row is not None}
+        self.sizes = sizes_of(header.keys) if self.config is None else {}
         self._data: NDArray[np.uint8] | None = None
 
     def blocks(self, name: str) -> Iterator[tuple[int, QuantizedTensor | NDArray[Any]]]:
@@ -139,7 +147,7 @@ class GgufCheckpoint:
         omitted = tuple(name for name, row in record.items() if row is None)
         model = models.find(self.config, record) if omitted else None
         for name in omitted:
-            if model is None or model.gguf is None or not (name in model.tied or model.gguf.omits(name)):
+            if model is None or model.gguf is None or not (name in model.tied or model.gguf.omits(name, self.config)):
                 raise SourceError(f"{self.path}: the record of {name[:100]!r} has no place for it, and it is needed")
         return omitted
 

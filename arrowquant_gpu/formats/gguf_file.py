@@ -36,6 +36,12 @@ MAX_HEADER_BYTES = 1 << 28
 Value = int | float | bool | str | list[str] | NDArray[Any]
 
 
+class StoredValue(NamedTuple):
+    """A value as a file has it: its type, and then its bytes. It is written again as it is."""
+
+    raw: bytes
+
+
 class GgmlType(NamedTuple):
     """One type of tensors: `block` elements take `block_bytes`.
 
@@ -89,10 +95,12 @@ class GgufTensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """The header of a file, checked against the file's size."""
+    """The header of a file, checked against the file's size; `stored` has the keys once more, as they are there."""
 
     keys: dict[str, Value]
     tensors: dict[str, GgufTensor]
+    stored: dict[str, StoredValue]
+    alignment: int
 
 
 def n_bytes(kind: GgmlType, shape: tuple[int, ...]) -> int:
@@ -105,11 +113,14 @@ def n_bytes(kind: GgmlType, shape: tuple[int, ...]) -> int:
 
 
 def layout(
-    keys: Mapping[str, Value], tensors: Sequence[tuple[str, GgmlType, tuple[int, ...]]]
+    keys: Mapping[str, Value | StoredValue],
+    tensors: Sequence[tuple[str, GgmlType, tuple[int, ...]]],
+    alignment: int = ALIGNMENT,
 ) -> tuple[bytes, dict[str, tuple[int, int]], int]:
     """The header of a file with these keys and tensors, in their order: (header, name -> (begin, end), file size).
 
-    int is written as u32 (u64 where it is larger), float as f32, str as string, arrays by their dtype.
+    int is written as u32 (u64 where it is larger), float as f32, str as string, arrays by their dtype. Where
+    `alignment` is another than readers take by default, `keys` must have it as general.alignment.
 
     >>> header, places, size = layout({"general.architecture": "llama"}, [("w", TYPES["F32"], (2, 3))])
     >>> header[:4], places, size
@@ -124,8 +135,8 @@ def layout(
         head += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         head += struct.pack("<IQ", kind.id, at)
         spans[name] = at, at + size
-        at += _padded(size)
-    head += bytes(_padded(len(head)) - len(head))
+        at += _padded(size, alignment)
+    head += bytes(_padded(len(head), alignment) - len(head))
     return bytes(head), {k: (len(head) + a, len(head) + b) for k, (a, b) in spans.items()}, len(head) + at
 
 
@@ -139,7 +150,9 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _value(value: Value) -> bytes:
+def _value(value: Value | StoredValue) -> bytes:
+    if isinstance(value, StoredValue):
+        return value.raw
     if isinstance(value, bool):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, int):
@@ -185,16 +198,19 @@ class _Reader:
             raise self._fail(f"is of version {version}{order}; versions 2 and 3, little-endian, can be read")
         n_tensors, n_keys = self._count("tensors", MAX_TENSORS), self._count("keys", MAX_KEYS)
         keys: dict[str, Value] = {}
+        stored: dict[str, StoredValue] = {}
         for _ in range(n_keys):
             key = self._text("a key")
             if key in keys:
                 raise self._fail(f"has the key {key[:100]!r} twice")
+            begin = self._at
             keys[key] = self._item(key, self._number("<I"))
+            stored[key] = StoredValue(self._data[begin : self._at])
         alignment = keys.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self._fail(f"has general.alignment {alignment!r}, which is no power of two")
         found = [self._tensor(alignment) for _ in range(n_tensors)]
-        return GgufHeader(keys, self._placed(found, _padded(self._at, alignment)))
+        return GgufHeader(keys, self._placed(found, _padded(self._at, alignment)), stored, alignment)
 
     def _fail(self, words: str) -> SourceError:
         return SourceError(f"{self._file}: {words}")

@@ -46,7 +46,7 @@ def find_homes(
     if gguf is None:
         if model.name in DIFFUSION:
             return {name: Home(name) for name in names}, {}
-        known = ", ".join([*ggufs(), *DIFFUSION])
+        known = ", ".join([*(name for name, row in ggufs().items() if not row.same_names), *DIFFUSION])
         raise FormatError(
             f"architecture {model.name or 'of this checkpoint'} has no names for GGUF here; those that are known are "
             f"{known}"
@@ -56,8 +56,9 @@ def find_homes(
     heads = {None: 0, "q": q, "k": kv or q}
     homes: dict[str, Home | None] = {}
     for name in names:
-        found = gguf.name(name)
-        if found is None and not gguf.omits(name):
+        is_omitted = gguf.omits(name, config)
+        found = None if is_omitted else gguf.name(name)
+        if found is None and not is_omitted:
             raise FormatError(f"{name}: {model.name} has no such tensor in GGUF files; leave it out first")
         if found is None or name in model.tied:
             homes[name] = None

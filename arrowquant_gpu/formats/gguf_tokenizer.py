@@ -40,10 +40,16 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # The expression that cuts words, as tokenizer.json has it -> tokenizer.ggml.pre. "" is that of ByteLevel itself.
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_ENDS, _UPPER, _LOWER = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_ENDS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PRE: Mapping[str, str] = {
     "": "gpt-2",
     rf"{_HEAD}\p{{N}}{{1,3}}{_TAIL}": "llama-bpe",
     rf"{_HEAD}\p{{N}}{_TAIL}": "qwen2",
+    _O200K: "gpt-4o",
 }
 
 # What transformers calls the special tokens, and the key of each.

@@ -19,7 +19,18 @@ ORIGINAL = "start from the original float checkpoint in safetensors"
 REQUANTIZE = (
     f"{ORIGINAL}; --allow-requantize decodes what this program can read, and quantizes it again, with both errors"
 )
+# The published files of gpt-oss, which have no float original. In its original format transformers 5 would save the
+# decoded weights under the names of their codes.
+MXFP4_COPY = (
+    "a bfloat16 copy can be read, which transformers makes: GptOssForCausalLM.from_pretrained(folder, "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(copy, save_original_format=False)"
+)
 DEQUANTIZE = "`arrowquant dequantize` turns such a result of this program back into float safetensors"
+# Its weights may be in float too, which the first bytes do not tell.
+GGUF = (
+    f"a GGUF file, made for llama.cpp; {ORIGINAL}; --allow-requantize reads it, and decodes what is quantized in it, "
+    "which then has both errors"
+)
 
 # How files begin that are met under the name of a checkpoint; compared in lower case, after white space.
 FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
@@ -27,7 +38,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype", "an HTML page, not weights; the download ended on a login or error page"),
     (b"<html", "an HTML page, not weights; the download ended on a login or error page"),
     (b"<?xml", "an XML text, not weights; the download ended on an error page"),
-    (b"gguf", f"a GGUF file, made for llama.cpp; {REQUANTIZE}"),
+    (b"gguf", GGUF),
     (b"pk\x03\x04", f"a zip archive, as torch.save writes; {TO_SAFETENSORS}"),
     *((bytes([0x80, v, op]), f"a Python pickle; {TO_SAFETENSORS}") for v in (2, 3, 4, 5) for op in (*b"\x8a\x95c}",)),
     (b"\x89hdf", f"an HDF5 file; {TO_SAFETENSORS}"),
@@ -40,7 +51,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
 # Weights in formats that are not read, by file name.
 SUFFIXES: tuple[tuple[str, str], ...] = (
     *((s, f"a PyTorch checkpoint; {TO_SAFETENSORS}") for s in (".bin", ".pt", ".pth", ".ckpt", ".pkl")),
-    (".gguf", f"a GGUF file, made for llama.cpp; {REQUANTIZE}"),
+    (".gguf", GGUF),
     (".ggml", f"a GGML file, made for llama.cpp; {ORIGINAL}"),
     (".onnx", f"an ONNX model; {ORIGINAL}"),
     *((s, f"a TensorFlow or Keras checkpoint; {TO_SAFETENSORS}") for s in (".h5", ".keras", ".tflite", ".pb")),

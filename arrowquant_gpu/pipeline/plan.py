@@ -17,6 +17,7 @@ import pyarrow as pa
 from .. import models
 from ..dtypes import DTYPES
 from ..engine.decoded import DecodedCheckpoint
+from ..engine.parted import PartedCheckpoint
 from ..errors import FormatError, PolicyError, SchemeError
 from ..formats import Checkpoint, Entry, Sink, TensorInfo
 from ..formats.targets import TARGETS, carriers
@@ -276,7 +277,8 @@ def _none_wanted(entries: list[Entry]) -> str:
 
 def _loses_twice(source: Checkpoint) -> list[str]:
     """A warning where weights that are quantized already are quantized again."""
-    if not isinstance(source, DecodedCheckpoint):
+    source = source.source if isinstance(source, PartedCheckpoint) else source
+    if not isinstance(source, DecodedCheckpoint) or not source.schemes:
         return []
     return [
         f"{source.path.name} is quantized already ({source.stored.format}: {', '.join(source.schemes)}): its decoded "
@@ -329,14 +331,16 @@ class _Mixed:
 
     def __init__(self, mix: Mix, policy: Policy, source: Checkpoint) -> None:
         self.mix, self.policy, self.model = mix, policy, policy.model
-        config = source.config or {}
+        config = source.config or getattr(source, "sizes", {})
         heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
         self.gqa = heads // kv_heads if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0 else 1
-        experts = (config.get(key) for key in ("num_local_experts", "num_experts"))
+        experts = (config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
         self.experts = next((n for n in experts if isinstance(n, int)), 0)
-        # llama.cpp multiplies with the embedding where there is no head.
         gguf = self.model.gguf
-        named = {found.name for n in source.tensors if n not in self.model.tied and gguf and (found := gguf.name(n))}
+        names = [n for n in source.tensors if gguf is None or not gguf.omits(n, config)]
+        self.n_layers = self.model.n_layers(names)
+        # llama.cpp multiplies with the embedding where there is no head.
+        named = {found.name for n in names if n not in self.model.tied and gguf and (found := gguf.name(n))}
         self.is_tied = "output.weight" not in named
 
     def scheme(self, decision: Decision, name: str) -> Scheme:
@@ -344,9 +348,7 @@ class _Mixed:
         found = None if self.model.gguf is None else self.model.gguf.name(name)
         role = "head" if decision.role == "embedding" and self.is_tied else decision.role
         named, layer = None if found is None else found.name, self.model.layer(name)
-        return Scheme.parse(
-            self.mix.scheme(role, named, layer, self.policy.n_layers, experts=self.experts, gqa=self.gqa)
-        )
+        return Scheme.parse(self.mix.scheme(role, named, layer, self.n_layers, experts=self.experts, gqa=self.gqa))
 
 
 def _kept_alike(entries: Sequence[Entry], model: Model, refused: Counter[str]) -> list[Entry]:

@@ -19,6 +19,7 @@ from ..engine import Device, Progress
 from ..engine import run as engine
 from ..engine.decoded import DecodedCheckpoint
 from ..engine.journal import Journal
+from ..engine.parted import in_parts
 from ..engine.ring import open_devices
 from ..errors import InputError, SourceError
 from ..formats import Checkpoint, Sink
@@ -185,6 +186,7 @@ def quantize_checkpoint(
         or recipe.format
         or ("compressed-tensors" if source.path.is_dir() and source.config is not None else "parquet")
     )
+    source = in_parts(source, format_name)
     scheme = scheme or recipe.scheme or target_of(format_name).scheme
     files = {info.file for info in source.tensors.values()}
     is_directory = target_of(format_name, compression).is_directory

@@ -22,6 +22,7 @@ from ..dtypes import DTYPES
 from ..engine import Progress
 from ..engine.converted import columns_of, convert, recover
 from ..engine.figures import Figures
+from ..engine.parted import in_parts
 from ..errors import InputError, VerifyError
 from ..formats import Checkpoint, Entry, QuantizedCheckpoint, TensorInfo
 from ..formats.checkpoint import open_checkpoint
@@ -184,7 +185,8 @@ def verify_checkpoint(
     start = time.perf_counter()
     if min_cosine is not None and not -1 <= min_cosine <= 1:
         raise InputError(f"min_cosine {min_cosine}: a cosine is from -1 to 1")
-    quantized, original = open_quantized(dst), open_checkpoint(against)
+    quantized = open_quantized(dst)
+    original = in_parts(open_checkpoint(against), quantized.format)
     done, total = 0, sum(info.n_bytes for info in original.tensors.values())
     omitted: tuple[str, ...] = getattr(quantized, "omitted", ())
     findings = list(_unmatched(quantized.entries, original.tensors, omitted))
