@@ -25,6 +25,7 @@ from arrowquant_gpu.schemes import Scheme
 from benchmarks import (
     bench_arrowquant_v2,
     bench_checkpoint,
+    bench_cpu,
     bench_kernels,
     bench_tables,
     checkpoints,
@@ -39,6 +40,13 @@ from benchmarks.watch import cached_share, watch
 
 ROOT = Path(__file__).parent.parent
 TINY = Model("llama", "LlamaForCausalLM", 3, 256, 512, 2, 1, 320, shard_bytes=1 << 20)
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between rounds benchmarks let the machine come to rest, which is of no use where nothing is timed."""
+    monkeypatch.setattr(bench_checkpoint, "REST", 0)
+    monkeypatch.setattr(bench_cpu, "PAUSE", 0)
 
 
 @pytest.fixture
