@@ -19,28 +19,18 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import SourceError
-from ..formats import TensorInfo
+from ..formats import Checkpoint, TensorInfo
 from . import Load
 
 
-class ComputedCheckpoint(abc.ABC):
+class ComputedCheckpoint(Checkpoint):
     """See `Checkpoint`. `why` says why no file has these bytes."""
 
-    path: Path
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
-    config: dict[str, Any] | None
-    side_files: tuple[Path, ...]
-    left_out: tuple[tuple[Path, str], ...]
     why: str
 
     @abc.abstractmethod
     def read(self, name: str, begin: int, out: NDArray[np.uint8]) -> None:
         """Write the bytes of a tensor from position `begin` on to `out`. Safe to call from any thread."""
-
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """See `Checkpoint`."""
 
     def view(self, name: str) -> NDArray[Any]:
         """The whole tensor in new memory: see `Checkpoint`."""

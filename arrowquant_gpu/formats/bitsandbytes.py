@@ -31,7 +31,7 @@ from ..reference.floats import VALUES
 from ..schemes import Scheme
 from . import Codes, Entry, Place, TensorInfo
 from .engine_rules import UNFUSED_EXPERTS, broken
-from .ignored_modules import TIED_HEADS, carriers, ignore_list, misfit, module_of
+from .ignored_modules import TIED_HEADS, any_shape, ignore_list, misfit, module_of
 from .model_sink import ModelSink, Stored, kept
 from .output import Output
 from .pieces import Cut, Piece
@@ -81,7 +81,7 @@ class BitsAndBytesSink(ModelSink):
         if not math.prod(info.shape) or info.shape[1] % scheme.group_length(info.shape[1]):
             raise FormatError(
                 f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}: in bitsandbytes groups "
-                f"would go from one row to the next; use a smaller group, or {carriers(scheme)}"
+                f"would go from one row to the next; use a smaller group, or {any_shape(scheme)}"
             )
         return scheme
 

@@ -23,7 +23,7 @@ from .compressed_tensors_layout import (
     weight_arguments,
 )
 from .engine_rules import Rule, broken, is_expert
-from .ignored_modules import carriers, ignore_list, misfit, module_of
+from .ignored_modules import any_shape, ignore_list, misfit, module_of
 from .model_sink import ModelSink, Stored
 from .pieces import Cut, Piece
 
@@ -110,12 +110,12 @@ class CompressedTensorsSink(ModelSink):
         if is_plain and scheme.scale_dtype not in ("float32", info.dtype):
             raise FormatError(
                 f"compressed-tensors stores scales in the weights' dtype {info.dtype}, not in {scheme.scale_dtype}; "
-                f"leave the suffix out, or use {carriers(scheme)}"
+                f"leave the suffix out, or use {any_shape(scheme)}"
             )
         if info.shape[1] % scheme.group_length(info.shape[1]):
             raise FormatError(
                 f"rows of {info.shape[1]} weights are not whole groups of {scheme.group_size}, as compressed-tensors "
-                f"needs; {carriers(scheme)} carries the rest as a shorter group"
+                f"needs; {any_shape(scheme)} carries the rest as a shorter group"
             )
         return dataclasses.replace(scheme, scale_dtype=info.dtype) if name == PACKED else scheme
 

@@ -56,8 +56,8 @@ def misfit(info: TensorInfo, config: Mapping[str, Any], format_name: str) -> str
     return None
 
 
-def carriers(scheme: Scheme) -> str:
-    """The formats that carry this scheme for every tensor, for errors."""
+def any_shape(scheme: Scheme) -> str:
+    """The formats that carry this scheme for tensors of every shape, for errors."""
     return ANY_SCHEME if scheme.grid == "int" else "--format safetensors"
 
 

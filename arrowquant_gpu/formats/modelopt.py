@@ -23,7 +23,7 @@ from ..errors import FormatError
 from ..schemes import Scheme
 from ..tensor import QuantizedTensor
 from . import Checkpoint, Codes, Entry, Place, TensorInfo, row_parts
-from .ignored_modules import TIED_HEADS, carriers, ignore_list, misfit
+from .ignored_modules import TIED_HEADS, any_shape, ignore_list, misfit
 from .model_directory import write_json
 from .model_sink import ModelSink, Stored, kept
 from .pieces import Piece
@@ -51,7 +51,7 @@ class ModelOptSink(ModelSink):
             raise FormatError(reason)
         if info.shape[1] % 16:
             raise FormatError(
-                f"rows of {info.shape[1]} weights are not whole groups of 16, as modelopt needs; {carriers(scheme)} "
+                f"rows of {info.shape[1]} weights are not whole groups of 16, as modelopt needs; {any_shape(scheme)} "
                 f"carries the rest as a shorter group"
             )
         return scheme
